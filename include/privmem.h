@@ -1,0 +1,389 @@
+/*
+ * libprivmem: private guest memory behind an fd.
+ *
+ * A confidential guest keeps its RAM in an fd that the host cannot map. This
+ * library owns that memory for a VMM: regions with a shared and a private
+ * store, the map of what is private, and the one path that converts.
+ *
+ * Conventions
+ *   Errors     A function that returns int returns 0, or a negative errno and
+ *              leaves a message for privmem_last_error(). Out-parameters are
+ *              written on success only.
+ *   Threads    A const handle may be used by many threads at once. Creating
+ *              and freeing belongs to one thread.
+ *   Ownership  What a _new function hands out is given back to the matching
+ *              _free function, once. File descriptors that are handed out stay
+ *              the library's, those that are handed in stay the caller's.
+ *   Callbacks  There are none; no lock is held when a function returns.
+ *   Numbers    Sizes, offsets and addresses are in bytes.
+ *
+ * Generated from src/ffi.rs by `cargo xtask header`; do not edit.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+
+#ifndef PRIVMEM_H
+#define PRIVMEM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * A figure of `privmem_info` that this kernel cannot tell.
+ */
+#define PRIVMEM_UNKNOWN UINT64_MAX
+
+/**
+ * Private-capable guest memory of fixed size.
+ */
+struct privmem_region;
+
+/**
+ * A VM: its trust agent, and which region its guest sees where.
+ */
+struct privmem_vm;
+
+/**
+ * State and memory of a region. All sizes in bytes.
+ */
+struct privmem_info {
+  /**
+   * Size of the region.
+   */
+  uint64_t size;
+  /**
+   * Unit in which memory changes side.
+   */
+  uint64_t granule;
+  /**
+   * Private by the state map.
+   */
+  uint64_t private_bytes;
+  /**
+   * Shared by the state map.
+   */
+  uint64_t shared_bytes;
+  /**
+   * Held by the private store, or `PRIVMEM_UNKNOWN`.
+   */
+  uint64_t private_held;
+  /**
+   * Held by the shared store, or `PRIVMEM_UNKNOWN`.
+   */
+  uint64_t shared_held;
+  /**
+   * Held by a store for granules on the other side, or `PRIVMEM_UNKNOWN`.
+   */
+  uint64_t held_twice;
+  /**
+   * Requests that touched the region and succeeded.
+   */
+  uint64_t conversions;
+  /**
+   * Requests that touched the region and failed.
+   */
+  uint64_t failed_conversions;
+};
+
+/**
+ * Neighbouring bytes of a region that are all private or all shared.
+ */
+struct privmem_run {
+  /**
+   * Offset into the region, in bytes.
+   */
+  uint64_t offset;
+  /**
+   * Length in bytes.
+   */
+  uint64_t size;
+  /**
+   * Whether the run is private.
+   */
+  bool is_private;
+};
+
+/**
+ * A stretch of a region that the guest sees.
+ */
+struct privmem_binding {
+  /**
+   * Guest-physical address.
+   */
+  uint64_t gpa;
+  /**
+   * Length in bytes.
+   */
+  uint64_t size;
+  /**
+   * Offset into the region, in bytes.
+   */
+  uint64_t offset;
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * Version of this library as "major.minor.patch". Static; never NULL.
+ */
+const char *privmem_version(void);
+
+/**
+ * Message of the last function that failed on this thread; "" before any did.
+ *
+ * The string belongs to the library and stays valid until the next failure on
+ * this thread, or its end. Never NULL.
+ */
+const char *privmem_last_error(void);
+
+/**
+ * Makes a VM whose private memory KVM keeps (`guest_memfd`).
+ *
+ * `vm_fd` is the fd of a KVM VM that has private memory, such as one of type
+ * KVM_X86_SW_PROTECTED_VM. It stays the caller's, and stays open until the VM
+ * and all its regions are freed. `vm` receives a handle for
+ * `privmem_vm_free`.
+ *
+ * Errors: -EOPNOTSUPP where the VM has no private memory; the message says
+ * which capabilities are missing and which VM types this KVM has. Source:
+ * Documentation/virt/kvm/api.rst, KVM_CAP_GUEST_MEMFD and
+ * KVM_CAP_MEMORY_ATTRIBUTES.
+ *
+ * # Safety
+ * `vm` is NULL or valid for writing; `vm_fd` stays open as said above.
+ */
+int privmem_vm_new_kvm(int vm_fd, struct privmem_vm **vm);
+
+/**
+ * Makes a VM with the emulated trust agent: no KVM, two memfds a region, and
+ * the visible one mapped in place. It protects nothing; it is for TCG and for
+ * tests.
+ *
+ * `vm` receives a handle for `privmem_vm_free`.
+ *
+ * # Safety
+ * `vm` is NULL or valid for writing.
+ */
+int privmem_vm_new_emulated(struct privmem_vm **vm);
+
+/**
+ * Frees the handle of a VM; NULL is ignored. Regions of the VM stay usable
+ * until they are freed themselves.
+ *
+ * # Safety
+ * `vm` is NULL or a handle of this library that nobody uses now or later.
+ */
+void privmem_vm_free(struct privmem_vm *vm);
+
+/**
+ * Says that the guest sees `size` bytes of `region`, from `offset`, at
+ * guest-physical address `gpa`, and gives KVM the state of that stretch.
+ *
+ * Call it before the memory slot is made. All three numbers are in bytes and
+ * multiples of the granule. Any thread; waits for conversions that run.
+ *
+ * Errors: -EINVAL for numbers that are unaligned, empty or beyond the region;
+ * -EEXIST where the guest-physical range, or that part of the region, is
+ * bound already; what KVM_SET_MEMORY_ATTRIBUTES returned. Nothing is bound
+ * then.
+ *
+ * # Safety
+ * `vm` and `region` are NULL or live handles; the region is one of this VM.
+ */
+int privmem_vm_bind(const struct privmem_vm *vm,
+                    const struct privmem_region *region,
+                    uint64_t offset,
+                    uint64_t gpa,
+                    uint64_t size);
+
+/**
+ * Ends the binding of exactly `size` bytes at `gpa`. The region keeps its
+ * state, and a later binding brings it back; for KVM the range is shared
+ * again.
+ *
+ * Call it after the memory slot is gone. Any thread; waits for conversions
+ * that run. Errors: -ENOENT where no such binding exists; what
+ * KVM_SET_MEMORY_ATTRIBUTES returned, the binding has ended then nevertheless.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle.
+ */
+int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
+
+/**
+ * Makes `size` bytes at guest-physical `gpa` private, or shared.
+ *
+ * What is on that side already stays as it is; what changes side reads zero
+ * afterwards. To become private the whole range must be bound; to become
+ * shared, what is not bound is passed over, as it is shared anyway (guests
+ * ask so for MMIO). The numbers come from the guest and may be anything.
+ *
+ * Any thread; may sleep. Requests for overlapping memory wait for each other.
+ *
+ * Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
+ * bound; otherwise what the kernel returned. A request that failed is undone;
+ * where contents were lost or the kernel would not go back, the message says
+ * how many bytes.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle.
+ */
+int privmem_vm_convert(const struct privmem_vm *vm, uint64_t gpa, uint64_t size, bool to_private);
+
+/**
+ * Answers KVM_EXIT_MEMORY_FAULT for `size` bytes at guest-physical `gpa`: 0
+ * if the vCPU may run on and try again.
+ *
+ * A software-protected guest does not choose a side by its access: the fault
+ * met a conversion, or the end of a binding, half-way, and asks for none. Any
+ * thread; may sleep.
+ *
+ * Errors: -EINVAL for a range that is unaligned, empty or wraps; what
+ * KVM_SET_MEMORY_ATTRIBUTES returned. No retry can help then.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle.
+ */
+int privmem_vm_memory_fault(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
+
+/**
+ * Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),
+ * all shared, with its two stores. Memory is taken when it is touched.
+ *
+ * `name` appears in messages and in /proc/PID/fd; it is copied. `region`
+ * receives a handle for `privmem_region_free`.
+ *
+ * Errors: -EINVAL for a bad size; -EMFILE, -ENFILE, -ENOMEM, -EFBIG as
+ * memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle, `name` is NULL or a C string, `region` is
+ * NULL or valid for writing.
+ */
+int privmem_region_new(const struct privmem_vm *vm,
+                       const char *name,
+                       uint64_t size,
+                       struct privmem_region **region);
+
+/**
+ * Ends all bindings of a region, closes its fds and frees it; NULL is ignored.
+ *
+ * Memory slots of the region must be gone, and no other thread may use it.
+ *
+ * # Safety
+ * `region` is NULL or a handle of this library that nobody uses now or later.
+ */
+void privmem_region_free(struct privmem_region *region);
+
+/**
+ * The memfd of the shared store, to be mapped shared, whole, from offset 0.
+ *
+ * The fd stays the region's: duplicate it to keep it. -EINVAL for NULL.
+ *
+ * # Safety
+ * `region` is NULL or a live handle.
+ */
+int privmem_region_shared_fd(const struct privmem_region *region);
+
+/**
+ * The fd of the private store, for KVM_SET_USER_MEMORY_REGION2: a
+ * `guest_memfd`, or with the emulated agent a memfd.
+ *
+ * The fd stays the region's. The offset of a slot is the offset of its
+ * binding. -EINVAL for NULL.
+ *
+ * # Safety
+ * `region` is NULL or a live handle.
+ */
+int privmem_region_private_fd(const struct privmem_region *region);
+
+/**
+ * Tells where the shared store is mapped, so that the emulated agent can map
+ * the visible store in its place. To be called once, before any conversion.
+ *
+ * Errors: -EINVAL for NULL or an address that is not a multiple of the
+ * granule; -EBUSY where it comes too late.
+ *
+ * # Safety
+ * `region` is NULL or a live handle. `host` is a mapping of the region's size
+ * that belongs to the caller, who lets the region replace it and keeps it
+ * until the region is freed.
+ */
+int privmem_region_set_host_mapping(const struct privmem_region *region, void *host);
+
+/**
+ * Whether the host may touch the byte at `offset` through its mapping, and,
+ * in `*len`, for how many of the `*len` bytes from there that answer holds.
+ *
+ * What is private is out of the host's reach: touching the mapping there
+ * finds zeroes and takes a second page. The emulated agent protects nothing
+ * and always says yes. Any thread; takes no lock. False for NULL.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `len` is NULL or valid for reading and
+ * writing.
+ */
+bool privmem_region_host_access(const struct privmem_region *region,
+                                uint64_t offset,
+                                uint64_t *len);
+
+/**
+ * State and memory of a region, from the kernel's own counts where it has
+ * them. `info_size` is `sizeof(struct privmem_info)` as the caller was
+ * compiled; later versions may append fields.
+ *
+ * Any thread; takes no lock, so that figures taken while conversions run are
+ * of slightly different moments.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `info` is NULL or valid for writing
+ * `info_size` bytes.
+ */
+int privmem_region_info(const struct privmem_region *region,
+                        struct privmem_info *info,
+                        size_t info_size);
+
+/**
+ * One line that shows which parts of the region are private: up to
+ * `buffer_size - 1` cells, `.` shared, `#` private, `+` some of both, each for
+ * the same number of bytes; then NUL.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `buffer` is NULL or valid for writing
+ * `buffer_size` bytes.
+ */
+int privmem_region_picture(const struct privmem_region *region, char *buffer, size_t buffer_size);
+
+/**
+ * The run of private or shared bytes that starts at `offset`, up to where the
+ * state changes or the region ends. Any thread; takes no lock.
+ *
+ * Errors: -EINVAL for an offset that is unaligned or beyond the region; at
+ * its end, so that `offset += run.size` walks over all of it.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `run` is NULL or valid for writing.
+ */
+int privmem_region_next_run(const struct privmem_region *region,
+                            uint64_t offset,
+                            struct privmem_run *run);
+
+/**
+ * Binding number `index` (from 0) of a region, in order of guest-physical
+ * address. -ENOENT after the last. Any thread.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `binding` is NULL or valid for writing.
+ */
+int privmem_region_binding(const struct privmem_region *region,
+                           size_t index,
+                           struct privmem_binding *binding);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* PRIVMEM_H */

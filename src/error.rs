@@ -1,0 +1,116 @@
+//! What can go wrong, in words for an operator and as an `errno` for C.
+
+use std::io;
+
+use crate::range::Range;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The caller broke the contract of a function: NULL, bad string, bad size.
+    #[error("{0}")]
+    InvalidArgument(String),
+
+    #[error("{what} {value:#x} is not a multiple of the granule of 4096 bytes")]
+    Unaligned { what: &'static str, value: u64 },
+
+    #[error("the range at {start:#x} is empty")]
+    Empty { start: u64 },
+
+    #[error("the range at {start:#x} with {size:#x} bytes ends beyond the 64-bit address space")]
+    Overflow { start: u64, size: u64 },
+
+    #[error("{0} ends beyond the region of {1:#x} bytes")]
+    OutsideRegion(Range, u64),
+
+    #[error(
+        "guest-physical address {gpa:#x} cannot be private: it is MMIO, ROM, ordinary RAM or \
+         nothing at all; only RAM of a memory-backend-private can be private"
+    )]
+    NotPrivateCapable { gpa: u64 },
+
+    #[error("{what} is already bound at guest-physical {gpa}")]
+    AlreadyBound { what: String, gpa: Range },
+
+    #[error("nothing is bound at guest-physical {0}")]
+    NotBound(Range),
+
+    #[error("the region has no binding number {index}")]
+    NoSuchBinding { index: usize },
+
+    #[error("region '{0}' already has a host mapping, or has private memory already")]
+    MappingTooLate(String),
+
+    /// The VM cannot have private memory; says what there is and what is missing.
+    #[error("this VM has no private memory: {0}")]
+    NoPrivateMemory(String),
+
+    #[error("no memory for the state of {granules} granules; use a smaller size")]
+    NoMemoryForState { granules: usize },
+
+    #[error("{call} failed: {source}{hint}")]
+    Kernel {
+        call: &'static str,
+        source: io::Error,
+        hint: &'static str,
+    },
+
+    /// A conversion failed half-way and was undone as far as the kernel allows.
+    #[error("{cause}{}", undo_text(*.contents_lost, *.stuck))]
+    Undone {
+        cause: Box<Error>,
+        /// Bytes that are on their old side again but read zero now.
+        contents_lost: u64,
+        /// Bytes that the kernel would not move back; they are on the new side.
+        stuck: u64,
+    },
+
+    #[error("internal error (panic): {0}")]
+    Panic(String),
+}
+
+fn undo_text(contents_lost: u64, stuck: u64) -> String {
+    let mut text = String::from("; the conversion was undone");
+    if contents_lost != 0 {
+        text += &format!(", but the contents of {contents_lost:#x} bytes are lost");
+    }
+    if stuck != 0 {
+        text += &format!(", except {stuck:#x} bytes that could not be moved back");
+    }
+    text
+}
+
+impl Error {
+    /// The positive `errno` that stands for this error at the C border.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::InvalidArgument(_)
+            | Error::Unaligned { .. }
+            | Error::Empty { .. }
+            | Error::Overflow { .. }
+            | Error::OutsideRegion(..)
+            | Error::NotPrivateCapable { .. } => libc::EINVAL,
+            Error::AlreadyBound { .. } => libc::EEXIST,
+            Error::NotBound(_) | Error::NoSuchBinding { .. } => libc::ENOENT,
+            Error::MappingTooLate(_) => libc::EBUSY,
+            Error::NoPrivateMemory(_) => libc::EOPNOTSUPP,
+            Error::NoMemoryForState { .. } => libc::ENOMEM,
+            Error::Kernel { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::Undone { cause, .. } => cause.errno(),
+            Error::Panic(_) => libc::EIO,
+        }
+    }
+
+    /// Names the kernel call that failed and, for the usual causes, the way out.
+    pub(crate) fn kernel(call: &'static str, source: io::Error) -> Self {
+        let hint = match source.raw_os_error() {
+            Some(libc::EMFILE) => " (raise the limit of open files, RLIMIT_NOFILE)",
+            Some(libc::ENFILE) => " (raise the system's limit of open files, fs.file-max)",
+            Some(libc::ENOMEM) => " (no memory, or over vm.max_map_count or a cgroup's limit)",
+            Some(libc::EFBIG) => " (larger than this host can hold in one file)",
+            _ => "",
+        };
+        Error::Kernel { call, source, hint }
+    }
+}

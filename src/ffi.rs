@@ -1,0 +1,626 @@
+//! The C interface; `include/privmem.h` is generated from this file.
+//!
+//! Conventions, also stated in the header: a function that can fail returns 0
+//! or a negative errno and leaves a message for [`privmem_last_error`]; a
+//! `const` handle may be used by many threads at once; out-parameters are
+//! written on success only; no panic leaves this file.
+
+#![allow(non_camel_case_types)]
+
+use std::cell::RefCell;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::range::GRANULE;
+use crate::region::Region;
+use crate::state::Side;
+use crate::vm::Vm;
+
+/// A VM: its trust agent, and which region its guest sees where.
+pub struct privmem_vm(Arc<Vm>);
+
+/// Private-capable guest memory of fixed size.
+pub struct privmem_region(Arc<Region>);
+
+/// A figure of `privmem_info` that this kernel cannot tell.
+pub const PRIVMEM_UNKNOWN: u64 = u64::MAX;
+
+/// State and memory of a region. All sizes in bytes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_info {
+    /// Size of the region.
+    pub size: u64,
+    /// Unit in which memory changes side.
+    pub granule: u64,
+    /// Private by the state map.
+    pub private_bytes: u64,
+    /// Shared by the state map.
+    pub shared_bytes: u64,
+    /// Held by the private store, or `PRIVMEM_UNKNOWN`.
+    pub private_held: u64,
+    /// Held by the shared store, or `PRIVMEM_UNKNOWN`.
+    pub shared_held: u64,
+    /// Held by a store for granules on the other side, or `PRIVMEM_UNKNOWN`.
+    pub held_twice: u64,
+    /// Requests that touched the region and succeeded.
+    pub conversions: u64,
+    /// Requests that touched the region and failed.
+    pub failed_conversions: u64,
+}
+
+/// Neighbouring bytes of a region that are all private or all shared.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_run {
+    /// Offset into the region, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Whether the run is private.
+    pub is_private: bool,
+}
+
+/// A stretch of a region that the guest sees.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_binding {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Offset into the region, in bytes.
+    pub offset: u64,
+}
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+/// Runs the body of a C function: turns its error, or a panic, into an errno
+/// and a message.
+fn guard(body: impl FnOnce() -> Result<()>) -> c_int {
+    let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or(panic.downcast_ref::<&str>().copied());
+        Err(Error::Panic(text.unwrap_or("no message").to_owned()))
+    });
+    let Err(error) = result else { return 0 };
+    let message = CString::new(error.to_string().replace('\0', "?")).unwrap_or_default();
+    LAST_ERROR.with_borrow_mut(|last| *last = message);
+    -error.errno()
+}
+
+fn null(what: &str) -> Error {
+    Error::InvalidArgument(format!("{what} is NULL"))
+}
+
+/// Borrows what a C caller handed over.
+///
+/// # Safety
+/// `pointer` is NULL or points to a `T` that stays valid and unchanged, but
+/// for interior mutability, while the call runs.
+unsafe fn borrow<'a, T>(pointer: *const T, what: &str) -> Result<&'a T> {
+    // SAFETY: the caller's contract is that of `as_ref`.
+    unsafe { pointer.as_ref() }.ok_or_else(|| null(what))
+}
+
+/// Writes an out-parameter.
+///
+/// # Safety
+/// `out` is NULL or valid for writing a `T`, initialised or not.
+unsafe fn put<T>(out: *mut T, value: T, what: &str) -> Result<()> {
+    if out.is_null() {
+        return Err(null(what));
+    }
+    // SAFETY: not NULL, so valid for writing by the caller's contract.
+    unsafe { out.write(value) };
+    Ok(())
+}
+
+fn side(private: bool) -> Side {
+    if private { Side::Private } else { Side::Shared }
+}
+
+/// Version of this library as "major.minor.patch". Static; never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn privmem_version() -> *const c_char {
+    const VERSION: &CStr =
+        match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+            Ok(version) => version,
+            Err(_) => panic!("no NUL in a version"),
+        };
+    VERSION.as_ptr()
+}
+
+/// Message of the last function that failed on this thread; "" before any did.
+///
+/// The string belongs to the library and stays valid until the next failure on
+/// this thread, or its end. Never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn privmem_last_error() -> *const c_char {
+    // A thread that is being torn down has no message any more.
+    LAST_ERROR
+        .try_with(|last| last.borrow().as_ptr())
+        .unwrap_or(c"".as_ptr())
+}
+
+/// Makes a VM whose private memory KVM keeps (`guest_memfd`).
+///
+/// `vm_fd` is the fd of a KVM VM that has private memory, such as one of type
+/// KVM_X86_SW_PROTECTED_VM. It stays the caller's, and stays open until the VM
+/// and all its regions are freed. `vm` receives a handle for
+/// `privmem_vm_free`.
+///
+/// Errors: -EOPNOTSUPP where the VM has no private memory; the message says
+/// which capabilities are missing and which VM types this KVM has. Source:
+/// Documentation/virt/kvm/api.rst, KVM_CAP_GUEST_MEMFD and
+/// KVM_CAP_MEMORY_ATTRIBUTES.
+///
+/// # Safety
+/// `vm` is NULL or valid for writing; `vm_fd` stays open as said above.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_new_kvm(vm_fd: c_int, vm: *mut *mut privmem_vm) -> c_int {
+    guard(|| {
+        if vm_fd < 0 {
+            return Err(Error::InvalidArgument("the VM fd is negative".into()));
+        }
+        // SAFETY: not negative, and open for as long as the VM lives by contract.
+        let new = Vm::with_kvm(unsafe { BorrowedFd::borrow_raw(vm_fd) })?;
+        // SAFETY: `vm` is as `put` wants it, by contract.
+        unsafe { put_new(vm, privmem_vm(new), "vm") }
+    })
+}
+
+/// Makes a VM with the emulated trust agent: no KVM, two memfds a region, and
+/// the visible one mapped in place. It protects nothing; it is for TCG and for
+/// tests.
+///
+/// `vm` receives a handle for `privmem_vm_free`.
+///
+/// # Safety
+/// `vm` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_new_emulated(vm: *mut *mut privmem_vm) -> c_int {
+    // SAFETY: `vm` is as `put` wants it, by contract.
+    guard(|| unsafe { put_new(vm, privmem_vm(Vm::emulated()), "vm") })
+}
+
+/// Hands a new handle to C, as a Box that the matching free function takes back.
+///
+/// # Safety
+/// As for [`put`].
+unsafe fn put_new<T>(out: *mut *mut T, value: T, what: &str) -> Result<()> {
+    if out.is_null() {
+        return Err(null(what));
+    }
+    // SAFETY: as the caller promises.
+    unsafe { put(out, Box::into_raw(Box::new(value)), what) }
+}
+
+/// Frees the handle of a VM; NULL is ignored. Regions of the VM stay usable
+/// until they are freed themselves.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library that nobody uses now or later.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_free(vm: *mut privmem_vm) {
+    guard(|| {
+        if !vm.is_null() {
+            // SAFETY: `put_new` made the Box, and the caller gives it up.
+            drop(unsafe { Box::from_raw(vm) });
+        }
+        Ok(())
+    });
+}
+
+/// Says that the guest sees `size` bytes of `region`, from `offset`, at
+/// guest-physical address `gpa`, and gives KVM the state of that stretch.
+///
+/// Call it before the memory slot is made. All three numbers are in bytes and
+/// multiples of the granule. Any thread; waits for conversions that run.
+///
+/// Errors: -EINVAL for numbers that are unaligned, empty or beyond the region;
+/// -EEXIST where the guest-physical range, or that part of the region, is
+/// bound already; what KVM_SET_MEMORY_ATTRIBUTES returned. Nothing is bound
+/// then.
+///
+/// # Safety
+/// `vm` and `region` are NULL or live handles; the region is one of this VM.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_bind(
+    vm: *const privmem_vm,
+    region: *const privmem_region,
+    offset: u64,
+    gpa: u64,
+    size: u64,
+) -> c_int {
+    guard(|| {
+        // SAFETY: live handles or NULL, by contract.
+        let (vm, region) = unsafe { (borrow(vm, "vm")?, borrow(region, "region")?) };
+        if !Arc::ptr_eq(&vm.0, &region.0.vm) {
+            let text = format!("region '{}' belongs to another VM", region.0.name());
+            return Err(Error::InvalidArgument(text));
+        }
+        vm.0.bind(&region.0, offset, gpa, size)
+    })
+}
+
+/// Ends the binding of exactly `size` bytes at `gpa`. The region keeps its
+/// state, and a later binding brings it back; for KVM the range is shared
+/// again.
+///
+/// Call it after the memory slot is gone. Any thread; waits for conversions
+/// that run. Errors: -ENOENT where no such binding exists; what
+/// KVM_SET_MEMORY_ATTRIBUTES returned, the binding has ended then nevertheless.
+///
+/// # Safety
+/// `vm` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_unbind(vm: *const privmem_vm, gpa: u64, size: u64) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(vm, "vm") }?.0.unbind(gpa, size))
+}
+
+/// Makes `size` bytes at guest-physical `gpa` private, or shared.
+///
+/// What is on that side already stays as it is; what changes side reads zero
+/// afterwards. To become private the whole range must be bound; to become
+/// shared, what is not bound is passed over, as it is shared anyway (guests
+/// ask so for MMIO). The numbers come from the guest and may be anything.
+///
+/// Any thread; may sleep. Requests for overlapping memory wait for each other.
+///
+/// Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
+/// bound; otherwise what the kernel returned. A request that failed is undone;
+/// where contents were lost or the kernel would not go back, the message says
+/// how many bytes.
+///
+/// # Safety
+/// `vm` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_convert(
+    vm: *const privmem_vm,
+    gpa: u64,
+    size: u64,
+    to_private: bool,
+) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| {
+        unsafe { borrow(vm, "vm") }?
+            .0
+            .convert(gpa, size, side(to_private))
+    })
+}
+
+/// Answers KVM_EXIT_MEMORY_FAULT for `size` bytes at guest-physical `gpa`: 0
+/// if the vCPU may run on and try again.
+///
+/// A software-protected guest does not choose a side by its access: the fault
+/// met a conversion, or the end of a binding, half-way, and asks for none. Any
+/// thread; may sleep.
+///
+/// Errors: -EINVAL for a range that is unaligned, empty or wraps; what
+/// KVM_SET_MEMORY_ATTRIBUTES returned. No retry can help then.
+///
+/// # Safety
+/// `vm` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_memory_fault(
+    vm: *const privmem_vm,
+    gpa: u64,
+    size: u64,
+) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(vm, "vm") }?.0.memory_fault(gpa, size))
+}
+
+/// Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),
+/// all shared, with its two stores. Memory is taken when it is touched.
+///
+/// `name` appears in messages and in /proc/PID/fd; it is copied. `region`
+/// receives a handle for `privmem_region_free`.
+///
+/// Errors: -EINVAL for a bad size; -EMFILE, -ENFILE, -ENOMEM, -EFBIG as
+/// memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
+///
+/// # Safety
+/// `vm` is NULL or a live handle, `name` is NULL or a C string, `region` is
+/// NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_new(
+    vm: *const privmem_vm,
+    name: *const c_char,
+    size: u64,
+    region: *mut *mut privmem_region,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        if name.is_null() {
+            return Err(null("name"));
+        }
+        // SAFETY: a C string, by contract.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        let new = Region::new(&vm.0, &name, size)?;
+        // SAFETY: `region` is as `put` wants it, by contract.
+        unsafe { put_new(region, privmem_region(new), "region") }
+    })
+}
+
+/// Ends all bindings of a region, closes its fds and frees it; NULL is ignored.
+///
+/// Memory slots of the region must be gone, and no other thread may use it.
+///
+/// # Safety
+/// `region` is NULL or a handle of this library that nobody uses now or later.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_free(region: *mut privmem_region) {
+    guard(|| {
+        if !region.is_null() {
+            // SAFETY: `put_new` made the Box, and the caller gives it up.
+            let region = unsafe { Box::from_raw(region) };
+            region.0.vm.unbind_region(&region.0);
+        }
+        Ok(())
+    });
+}
+
+/// The memfd of the shared store, to be mapped shared, whole, from offset 0.
+///
+/// The fd stays the region's: duplicate it to keep it. -EINVAL for NULL.
+///
+/// # Safety
+/// `region` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_shared_fd(region: *const privmem_region) -> c_int {
+    // SAFETY: as the caller promises.
+    unsafe { store_fd(region, Side::Shared) }
+}
+
+/// The fd of the private store, for KVM_SET_USER_MEMORY_REGION2: a
+/// `guest_memfd`, or with the emulated agent a memfd.
+///
+/// The fd stays the region's. The offset of a slot is the offset of its
+/// binding. -EINVAL for NULL.
+///
+/// # Safety
+/// `region` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_private_fd(region: *const privmem_region) -> c_int {
+    // SAFETY: as the caller promises.
+    unsafe { store_fd(region, Side::Private) }
+}
+
+/// # Safety
+/// `region` is NULL or a live handle.
+unsafe fn store_fd(region: *const privmem_region, side: Side) -> c_int {
+    let mut fd = -1;
+    let status = guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        fd = unsafe { borrow(region, "region") }?
+            .0
+            .store(side)
+            .fd()
+            .as_raw_fd();
+        Ok(())
+    });
+    if status < 0 { status } else { fd }
+}
+
+/// Tells where the shared store is mapped, so that the emulated agent can map
+/// the visible store in its place. To be called once, before any conversion.
+///
+/// Errors: -EINVAL for NULL or an address that is not a multiple of the
+/// granule; -EBUSY where it comes too late.
+///
+/// # Safety
+/// `region` is NULL or a live handle. `host` is a mapping of the region's size
+/// that belongs to the caller, who lets the region replace it and keeps it
+/// until the region is freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_set_host_mapping(
+    region: *const privmem_region,
+    host: *mut c_void,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        let host = host as usize;
+        if host == 0 || !(host as u64).is_multiple_of(GRANULE) {
+            let text = format!("{host:#x} is not the address of a mapping");
+            return Err(Error::InvalidArgument(text));
+        }
+        // SAFETY: the same contract as this function's.
+        unsafe { region.0.set_host_mapping(host) }
+    })
+}
+
+/// Whether the host may touch the byte at `offset` through its mapping, and,
+/// in `*len`, for how many of the `*len` bytes from there that answer holds.
+///
+/// What is private is out of the host's reach: touching the mapping there
+/// finds zeroes and takes a second page. The emulated agent protects nothing
+/// and always says yes. Any thread; takes no lock. False for NULL.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `len` is NULL or valid for reading and
+/// writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_host_access(
+    region: *const privmem_region,
+    offset: u64,
+    len: *mut u64,
+) -> bool {
+    let mut reachable = false;
+    guard(|| {
+        // SAFETY: a live handle and a readable number, or NULL, by contract.
+        let (region, wanted) = unsafe { (borrow(region, "region")?, *borrow(len, "len")?) };
+        let (access, granted) = region.0.host_access(offset, wanted);
+        reachable = access;
+        // SAFETY: `len` is not NULL here, and valid for writing by contract.
+        unsafe { put(len, granted, "len") }
+    });
+    reachable
+}
+
+/// State and memory of a region, from the kernel's own counts where it has
+/// them. `info_size` is `sizeof(struct privmem_info)` as the caller was
+/// compiled; later versions may append fields.
+///
+/// Any thread; takes no lock, so that figures taken while conversions run are
+/// of slightly different moments.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `info` is NULL or valid for writing
+/// `info_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_info(
+    region: *const privmem_region,
+    info: *mut privmem_info,
+    info_size: usize,
+) -> c_int {
+    guard(|| {
+        if info_size < size_of::<privmem_info>() {
+            let text = format!("info_size {info_size} is too small");
+            return Err(Error::InvalidArgument(text));
+        }
+        // SAFETY: a live handle or NULL, by contract.
+        let now = unsafe { borrow(region, "region") }?.0.info();
+        let known = |figure: Option<u64>| figure.unwrap_or(PRIVMEM_UNKNOWN);
+        let value = privmem_info {
+            size: now.size,
+            granule: GRANULE,
+            private_bytes: now.private,
+            shared_bytes: now.shared,
+            private_held: known(now.private_held),
+            shared_held: known(now.shared_held),
+            held_twice: known(now.held_twice),
+            conversions: now.conversions,
+            failed_conversions: now.failed_conversions,
+        };
+        // SAFETY: `info` is as `put` wants it, by contract.
+        unsafe { put(info, value, "info") }
+    })
+}
+
+/// One line that shows which parts of the region are private: up to
+/// `buffer_size - 1` cells, `.` shared, `#` private, `+` some of both, each for
+/// the same number of bytes; then NUL.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `buffer` is NULL or valid for writing
+/// `buffer_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_picture(
+    region: *const privmem_region,
+    buffer: *mut c_char,
+    buffer_size: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        if buffer.is_null() || buffer_size < 2 {
+            let text = "the buffer must hold two bytes at least".to_owned();
+            return Err(Error::InvalidArgument(text));
+        }
+        let picture = region.0.picture(buffer_size - 1);
+        // SAFETY: the picture has at most `buffer_size - 1` bytes, all ASCII;
+        // the NUL comes right after.
+        unsafe {
+            let source = picture.as_ptr().cast();
+            buffer.copy_from_nonoverlapping(source, picture.len());
+            buffer.add(picture.len()).write(0);
+        }
+        Ok(())
+    })
+}
+
+/// The run of private or shared bytes that starts at `offset`, up to where the
+/// state changes or the region ends. Any thread; takes no lock.
+///
+/// Errors: -EINVAL for an offset that is unaligned or beyond the region; at
+/// its end, so that `offset += run.size` walks over all of it.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `run` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_next_run(
+    region: *const privmem_region,
+    offset: u64,
+    run: *mut privmem_run,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = &unsafe { borrow(region, "region") }?.0;
+        let rest = region.size().saturating_sub(offset);
+        let first = region.runs(offset, rest)?.next();
+        let first = first.ok_or(Error::Empty { start: offset })?;
+        let value = privmem_run {
+            offset,
+            size: first.granules.len() as u64 * GRANULE,
+            is_private: first.side == Side::Private,
+        };
+        // SAFETY: `run` is as `put` wants it, by contract.
+        unsafe { put(run, value, "run") }
+    })
+}
+
+/// Binding number `index` (from 0) of a region, in order of guest-physical
+/// address. -ENOENT after the last. Any thread.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `binding` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_binding(
+    region: *const privmem_region,
+    index: usize,
+    binding: *mut privmem_binding,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = &unsafe { borrow(region, "region") }?.0;
+        let all = region.vm.bindings_of(region);
+        let Some(found) = all.get(index) else {
+            return Err(Error::NoSuchBinding { index });
+        };
+        let value = privmem_binding {
+            gpa: found.gpa.start(),
+            size: found.gpa.len(),
+            offset: found.offset,
+        };
+        // SAFETY: `binding` is as `put` wants it, by contract.
+        unsafe { put(binding, value, "binding") }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn last_error() -> String {
+        // SAFETY: the string stays valid until this thread fails again.
+        let text = unsafe { CStr::from_ptr(privmem_last_error()) };
+        text.to_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_panic_becomes_an_error() {
+        assert_eq!(guard(|| panic!("at {}", 7)), -libc::EIO);
+        assert!(last_error().contains("at 7"), "{}", last_error());
+    }
+
+    #[test]
+    fn a_message_belongs_to_its_thread() {
+        guard(|| Err(null("here")));
+        std::thread::spawn(|| assert_eq!(last_error(), ""))
+            .join()
+            .unwrap();
+        assert_eq!(last_error(), "here is NULL");
+    }
+}

@@ -1,0 +1,195 @@
+//! Every call into the kernel, behind one trait.
+//!
+//! [`Linux`] is the real one. Tests bring their own, which fails any call in
+//! turn or keeps a model of what the kernel would hold.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use kvm_bindings::{KVMIO, kvm_create_guest_memfd, kvm_memory_attributes};
+
+use crate::range::Range;
+
+/// What the library asks of the kernel. Every method may be called from any
+/// thread, and reports the kernel's own error.
+pub trait Kernel: Send + Sync {
+    /// `KVM_CHECK_EXTENSION` on a VM fd (Documentation/virt/kvm/api.rst, 4.4).
+    fn check_extension(&self, vm: BorrowedFd, capability: u32) -> io::Result<u32>;
+
+    /// `KVM_CREATE_GUEST_MEMFD` (api.rst, 4.142). The fd is closed on exec.
+    fn create_guest_memfd(&self, vm: BorrowedFd, size: u64) -> io::Result<OwnedFd>;
+
+    /// `KVM_SET_MEMORY_ATTRIBUTES` (api.rst, 4.141) for guest-physical `gpa`.
+    /// The kernel changes all of the range or nothing.
+    fn set_memory_attributes(&self, vm: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()>;
+
+    /// memfd_create(2) and ftruncate(2), sealed against any other size.
+    fn create_memfd(&self, name: &CStr, size: u64) -> io::Result<OwnedFd>;
+
+    /// fallocate(2) with `FALLOC_FL_PUNCH_HOLE`: unmaps and frees the pages.
+    fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
+
+    /// Bytes that `fd` holds within `offsets`, in memory or swapped, from
+    /// cachestat(2). `ENOSYS` on kernels before 6.5 or without
+    /// `CONFIG_CACHESTAT_SYSCALL`.
+    fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64>;
+
+    /// Bytes that `fd` holds in all, from `st_blocks` of fstat(2). Always 0
+    /// for a `guest_memfd`.
+    fn blocks(&self, fd: BorrowedFd) -> io::Result<u64>;
+
+    /// Maps `offsets` of `fd` at `host`, in place of what is mapped there.
+    ///
+    /// # Safety
+    /// `host` up to `host + offsets.len()` must be a mapping whose owner
+    /// agrees to have it replaced, and that nobody unmaps meanwhile.
+    unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
+}
+
+/// The running kernel.
+pub struct Linux;
+
+const KVM_CHECK_EXTENSION: libc::Ioctl = libc::_IO(KVMIO, 0x03);
+const KVM_SET_MEMORY_ATTRIBUTES: libc::Ioctl = libc::_IOW::<kvm_memory_attributes>(KVMIO, 0xd2);
+const KVM_CREATE_GUEST_MEMFD: libc::Ioctl = libc::_IOWR::<kvm_create_guest_memfd>(KVMIO, 0xd4);
+
+/// Number of cachestat(2), the same on every architecture with 64-bit Rust;
+/// not in the libc crate.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// include/uapi/linux/mman.h; not in the libc crate.
+#[repr(C)]
+struct CachestatRange {
+    off: u64,
+    len: u64,
+}
+
+/// include/uapi/linux/mman.h; not in the libc crate.
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    nr_cache: u64,
+    nr_dirty: u64,
+    nr_writeback: u64,
+    nr_evicted: u64,
+    nr_recently_evicted: u64,
+}
+
+/// The result of a call that reports failure as a negative number and errno.
+fn result<T: PartialOrd + Default>(value: T) -> io::Result<T> {
+    if value < T::default() {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(value)
+    }
+}
+
+/// Takes over a file descriptor that a call just returned.
+fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
+    let fd = result(fd)?;
+    // SAFETY: the kernel just made `fd` for this caller, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+impl Kernel for Linux {
+    fn check_extension(&self, vm: BorrowedFd, capability: u32) -> io::Result<u32> {
+        let arg = libc::c_ulong::from(capability);
+        // SAFETY: the ioctl takes its argument by value and touches no memory.
+        let value = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CHECK_EXTENSION, arg) };
+        result(value).map(|value| value as u32)
+    }
+
+    fn create_guest_memfd(&self, vm: BorrowedFd, size: u64) -> io::Result<OwnedFd> {
+        let arg = kvm_create_guest_memfd {
+            size,
+            flags: 0,
+            reserved: [0; 6],
+        };
+        // SAFETY: `arg` is the struct that this ioctl reads.
+        let fd = owned(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CREATE_GUEST_MEMFD, &arg) })?;
+        // KVM makes it without close-on-exec; a child must not inherit guest memory.
+        // SAFETY: fcntl(F_SETFD) on an fd that we own touches no memory.
+        result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) })?;
+        Ok(fd)
+    }
+
+    fn set_memory_attributes(&self, vm: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()> {
+        let arg = kvm_memory_attributes {
+            address: gpa.start(),
+            size: gpa.len(),
+            attributes,
+            flags: 0,
+        };
+        // SAFETY: `arg` is the struct that this ioctl reads.
+        result(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_MEMORY_ATTRIBUTES, &arg) }).map(drop)
+    }
+
+    fn create_memfd(&self, name: &CStr, size: u64) -> io::Result<OwnedFd> {
+        let size =
+            libc::off_t::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: `name` is a C string that outlives the call.
+        let fd = owned(unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
+        let seals = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+        // SAFETY: both calls work on an fd that we own and touch no memory.
+        unsafe {
+            result(libc::ftruncate(fd.as_raw_fd(), size))?;
+            result(libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
+        }
+        Ok(fd)
+    }
+
+    fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let (offset, len) = (offsets.start() as libc::off_t, offsets.len() as libc::off_t);
+        // SAFETY: the call changes the file only. Who maps the file sees zeroes.
+        result(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, len) }).map(drop)
+    }
+
+    fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64> {
+        let range = CachestatRange {
+            off: offsets.start(),
+            len: offsets.len(),
+        };
+        let mut stat = Cachestat::default();
+        // SAFETY: the kernel reads `range` and writes `stat`, both live and of
+        // the layout that include/uapi/linux/mman.h gives.
+        result(unsafe {
+            let (range, stat) = (&raw const range, &raw mut stat);
+            libc::syscall(SYS_CACHESTAT, fd.as_raw_fd(), range, stat, 0)
+        })?;
+        // For shmem an evicted page is one that lies in swap.
+        Ok((stat.nr_cache + stat.nr_evicted) * crate::range::GRANULE)
+    }
+
+    fn blocks(&self, fd: BorrowedFd) -> io::Result<u64> {
+        let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
+        // SAFETY: fstat fills `stat` where it returns 0, and only then is it read.
+        let stat = unsafe {
+            result(libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()))?;
+            stat.assume_init()
+        };
+        Ok(stat.st_blocks as u64 * 512)
+    }
+
+    unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        // SAFETY: the caller owns what is mapped at `host` and lets us replace it.
+        let mapped = unsafe {
+            libc::mmap(
+                host as *mut libc::c_void,
+                offsets.len() as usize,
+                protection,
+                flags,
+                fd.as_raw_fd(),
+                offsets.start() as libc::off_t,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}

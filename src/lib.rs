@@ -1,0 +1,37 @@
+//! Private guest memory behind an fd.
+//!
+//! A confidential guest keeps its RAM in an fd that the host cannot map. This
+//! library owns that memory for a VMM: which fd and offset belong to which
+//! guest-physical address, which granules are private, and the one path that
+//! turns a range private or shared.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`range`] | checked byte ranges; the only place that does arithmetic on what a guest sent |
+//! | [`state`] | the state map: one bit per granule, lock-free to read |
+//! | [`kernel`] | every call into the kernel, behind a trait so that tests can fail each of them |
+//! | [`store`] | the two fds of a region: `guest_memfd` (private) and memfd (shared) |
+//! | [`region`] | one memory backend: stores, state map, range lock, counters |
+//! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
+//! | `convert` | the conversion path, its order and its undo |
+//! | [`ffi`] | the C interface, `include/privmem.h` |
+//!
+//! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
+//! region ([`region`], regions in order of their serial number, then by
+//! offset). No lock is held across a call back into C; there are none.
+
+mod convert;
+pub mod error;
+pub mod ffi;
+pub mod kernel;
+pub mod range;
+pub mod region;
+pub mod state;
+pub mod store;
+pub mod vm;
+
+pub use error::{Error, Result};
+pub use range::{GRANULE, Range};
+pub use region::{Info, Region};
+pub use state::{Side, StateMap};
+pub use vm::Vm;

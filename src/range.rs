@@ -1,0 +1,142 @@
+//! Checked byte ranges. Pure: no I/O, no locks.
+//!
+//! Everything a guest or an operator asks for becomes a [`Range`] first. A
+//! `Range` is never empty, never unaligned and never wraps, so that the rest
+//! of the library can add and subtract without checking again.
+
+use std::fmt;
+
+use crate::error::{Error, Result};
+
+/// Bytes per granule: the host page, the unit in which memory changes side.
+pub const GRANULE: u64 = 4096;
+
+/// A non-empty, granule-aligned range of bytes whose end does not wrap.
+///
+/// Used for guest-physical addresses and for offsets into a region alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    start: u64,
+    end: u64,
+}
+
+impl Range {
+    /// `size` bytes from `start`; refuses what is unaligned, empty or wraps.
+    pub fn new(start: u64, size: u64) -> Result<Range> {
+        for (what, value) in [("address", start), ("size", size)] {
+            if !value.is_multiple_of(GRANULE) {
+                return Err(Error::Unaligned { what, value });
+            }
+        }
+        if size == 0 {
+            return Err(Error::Empty { start });
+        }
+        let end = start
+            .checked_add(size)
+            .ok_or(Error::Overflow { start, size })?;
+        Ok(Range { start, end })
+    }
+
+    /// The range of the given granules; `granules` is not empty.
+    pub(crate) fn from_granules(granules: std::ops::Range<usize>) -> Range {
+        debug_assert!(granules.start < granules.end);
+        Range {
+            start: granules.start as u64 * GRANULE,
+            end: granules.end as u64 * GRANULE,
+        }
+    }
+
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// First byte after the range.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> u64 {
+        self.end - self.start
+    }
+
+    pub fn overlaps(&self, other: &Range) -> bool {
+        self.start < other.end && other.start < self.end
+    }
+
+    /// The part that both ranges have.
+    pub fn intersection(&self, other: &Range) -> Option<Range> {
+        let start = self.start.max(other.start);
+        let end = self.end.min(other.end);
+        (start < end).then_some(Range { start, end })
+    }
+
+    /// The same bytes counted from another origin: `from` becomes `to`.
+    /// `from` lies at or before the start, and `to + len` was checked before.
+    pub(crate) fn rebase(&self, from: u64, to: u64) -> Range {
+        debug_assert!(from <= self.start);
+        let start = self.start - from + to;
+        Range {
+            start,
+            end: start + self.len(),
+        }
+    }
+
+    pub(crate) fn granules(&self) -> std::ops::Range<usize> {
+        (self.start / GRANULE) as usize..(self.end / GRANULE) as usize
+    }
+
+    /// The range in pieces of at most `limit` bytes (a multiple of the granule).
+    pub(crate) fn pieces(self, limit: u64) -> impl Iterator<Item = Range> {
+        (self.start..self.end)
+            .step_by(limit as usize)
+            .map(move |start| Range {
+                start,
+                end: self.end.min(start.saturating_add(limit)),
+            })
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}+{:#x}", self.start, self.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_a_guest_may_send() {
+        assert!(matches!(
+            Range::new(1, GRANULE),
+            Err(Error::Unaligned { .. })
+        ));
+        assert!(matches!(
+            Range::new(0, GRANULE + 1),
+            Err(Error::Unaligned { .. })
+        ));
+        assert!(matches!(Range::new(GRANULE, 0), Err(Error::Empty { .. })));
+        let last = u64::MAX - GRANULE + 1;
+        assert!(matches!(
+            Range::new(last, GRANULE),
+            Err(Error::Overflow { .. })
+        ));
+        assert!(matches!(
+            Range::new(GRANULE, last),
+            Err(Error::Overflow { .. })
+        ));
+        assert_eq!(Range::new(0, last).unwrap().len(), last);
+    }
+
+    #[test]
+    fn pieces_cover_the_range_exactly() {
+        let range = Range::new(3 * GRANULE, 10 * GRANULE).unwrap();
+        let pieces: Vec<_> = range.pieces(4 * GRANULE).collect();
+        assert_eq!(pieces.first().unwrap().start(), range.start());
+        assert_eq!(pieces.last().unwrap().end(), range.end());
+        assert!(pieces.windows(2).all(|p| p[0].end() == p[1].start()));
+        assert!(pieces.iter().all(|p| p.len() <= 4 * GRANULE));
+    }
+}

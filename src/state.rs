@@ -1,0 +1,198 @@
+//! The state map: one bit per granule, set where the granule is private. Pure.
+//!
+//! Readers take no lock: a bit is loaded with `Acquire`, and a conversion
+//! publishes with `Release` after the kernel has changed sides. Writers of
+//! different granules may share a word, hence the atomic read-modify-write;
+//! writers of the same granule are kept apart by the region's range lock.
+
+use std::alloc::Layout;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bitvec::prelude::{BitArray, Lsb0};
+
+use crate::error::{Error, Result};
+
+const BITS: usize = u64::BITS as usize;
+
+/// One word of the map, loaded. (The map itself is not one of bitvec's types:
+/// their atomic access is relaxed, and publication must not be.)
+type Word = BitArray<u64, Lsb0>;
+
+/// Which store holds a granule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Shared,
+    Private,
+}
+
+impl Side {
+    pub fn other(self) -> Side {
+        match self {
+            Side::Shared => Side::Private,
+            Side::Private => Side::Shared,
+        }
+    }
+}
+
+/// Neighbouring granules on one side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub granules: Range<usize>,
+    pub side: Side,
+}
+
+/// One bit per granule; a new map is all shared.
+pub struct StateMap {
+    words: Box<[AtomicU64]>,
+    granules: usize,
+}
+
+impl StateMap {
+    /// Fails where there is no memory for one bit a granule.
+    pub fn new(granules: usize) -> Result<StateMap> {
+        let len = granules.div_ceil(BITS);
+        let no_memory = || Error::NoMemoryForState { granules };
+        let layout = Layout::array::<AtomicU64>(len).map_err(|_| no_memory())?;
+        if len == 0 {
+            let words = Box::default();
+            return Ok(StateMap { words, granules });
+        }
+        // Zeroed by the kernel: a large map costs memory only where touched.
+        // SAFETY: the layout is not of size 0.
+        let raw = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<AtomicU64>();
+        if raw.is_null() {
+            return Err(no_memory());
+        }
+        // SAFETY: `raw` is a new allocation of `len` words with the layout
+        // that the Box will free it with, and zero is a valid `AtomicU64`.
+        let words = unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(raw, len)) };
+        Ok(StateMap { words, granules })
+    }
+
+    pub fn len(&self) -> usize {
+        self.granules
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.granules == 0
+    }
+
+    pub fn side(&self, granule: usize) -> Side {
+        assert!(granule < self.granules);
+        side_of(self.word(granule / BITS)[granule % BITS])
+    }
+
+    /// Puts `granules` on `side`, visible to readers word by word.
+    pub fn set(&self, granules: Range<usize>, side: Side) {
+        assert!(granules.end <= self.granules);
+        for (index, bits) in words_of(granules) {
+            let mut mask = Word::ZERO;
+            mask[bits].fill(true);
+            let word = &self.words[index];
+            match side {
+                Side::Private => word.fetch_or(mask.data, Ordering::Release),
+                Side::Shared => word.fetch_and(!mask.data, Ordering::Release),
+            };
+        }
+    }
+
+    /// Number of private granules in `granules`.
+    pub fn count_private(&self, granules: Range<usize>) -> usize {
+        assert!(granules.end <= self.granules);
+        words_of(granules)
+            .map(|(index, bits)| self.word(index)[bits].count_ones())
+            .sum()
+    }
+
+    /// The runs of `granules` in order, cut off at its ends.
+    pub fn runs(&self, granules: Range<usize>) -> impl Iterator<Item = Run> {
+        assert!(granules.end <= self.granules);
+        let mut at = granules.start;
+        std::iter::from_fn(move || {
+            (at < granules.end).then(|| {
+                let side = self.side(at);
+                let end = self.run_end(at, granules.end, side);
+                let run = Run {
+                    granules: at..end,
+                    side,
+                };
+                at = end;
+                run
+            })
+        })
+    }
+
+    /// End of the run on `side` that `granule` starts; always after `granule`,
+    /// even where another thread converts it meanwhile.
+    fn run_end(&self, granule: usize, limit: usize, side: Side) -> usize {
+        words_of(granule + 1..limit)
+            .find_map(|(index, bits)| {
+                let start = index * BITS + bits.start;
+                let word = self.word(index);
+                let different = match side {
+                    Side::Private => word[bits].first_zero(),
+                    Side::Shared => word[bits].first_one(),
+                };
+                Some(start + different?)
+            })
+            .unwrap_or(limit)
+    }
+
+    fn word(&self, index: usize) -> Word {
+        Word::new(self.words[index].load(Ordering::Acquire))
+    }
+
+    /// The map as one line of at most `width` cells: `.` shared, `#` private,
+    /// `+` some of both. Every cell stands for the same number of granules
+    /// (the last one for what is left).
+    pub fn picture(&self, width: usize) -> String {
+        let cell = self.granules.div_ceil(width.max(1)).max(1);
+        (0..self.granules)
+            .step_by(cell)
+            .map(|start| {
+                let granules = start..self.granules.min(start + cell);
+                match self.count_private(granules.clone()) {
+                    0 => '.',
+                    all if all == granules.len() => '#',
+                    _ => '+',
+                }
+            })
+            .collect()
+    }
+}
+
+fn side_of(private: bool) -> Side {
+    if private { Side::Private } else { Side::Shared }
+}
+
+/// The words that hold `granules`, each with the bits concerned.
+fn words_of(granules: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let Range { start, end } = granules;
+    let last = if start < end { end.div_ceil(BITS) } else { 0 };
+    (start / BITS..last).map(move |index| {
+        let first = index * BITS;
+        (index, start.saturating_sub(first)..BITS.min(end - first))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn picture_tells_the_three_kinds_of_cell() {
+        let map = StateMap::new(12).unwrap();
+        map.set(0..4, Side::Private);
+        map.set(5..6, Side::Private);
+        assert_eq!(map.picture(3), "#+.");
+        assert_eq!(map.picture(100), "####.#......");
+        assert_eq!(StateMap::new(5).unwrap().picture(2), "..");
+    }
+
+    #[test]
+    fn words_of_an_empty_range_are_none() {
+        assert_eq!(words_of(70..70).count(), 0);
+        assert_eq!(words_of(0..0).count(), 0);
+    }
+}

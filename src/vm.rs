@@ -1,0 +1,264 @@
+//! A VM: its trust agent, and which region lies at which guest-physical address.
+
+use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+
+use crossbeam::sync::ShardedLock;
+use kvm_bindings::{
+    KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_USER_MEMORY2, KVM_CAP_VM_TYPES,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+};
+
+use crate::error::{Error, Result};
+use crate::kernel::{Kernel, Linux};
+use crate::range::Range;
+use crate::region::Region;
+use crate::state::Side;
+use crate::store::retry;
+
+/// Who owns private contents and changes the side of a range.
+pub(crate) enum Agent {
+    /// KVM, for a `KVM_X86_SW_PROTECTED_VM`; the VM fd.
+    SwProtected(BorrowedFd<'static>),
+    /// This library, with two memfds and no protection at all.
+    Emulated,
+}
+
+/// A stretch of a region that the guest sees at `gpa`.
+#[derive(Clone)]
+pub struct Binding {
+    pub region: Arc<Region>,
+    pub gpa: Range,
+    /// Offset into the region of the first byte.
+    pub offset: u64,
+}
+
+impl Binding {
+    pub(crate) fn offsets(&self) -> Range {
+        self.gpa.rebase(self.gpa.start(), self.offset)
+    }
+}
+
+/// A VM. Regions belong to one VM; bindings say where its guest sees them.
+pub struct Vm {
+    pub(crate) kernel: Arc<dyn Kernel>,
+    pub(crate) agent: Agent,
+    /// By first guest-physical address. Read by every conversion, changed only
+    /// when memory slots change.
+    pub(crate) bindings: ShardedLock<BTreeMap<u64, Binding>>,
+    serials: AtomicU64,
+}
+
+impl Vm {
+    /// A VM whose private memory KVM keeps.
+    ///
+    /// `fd` is KVM's VM fd; fails where the VM has no private memory, with a
+    /// message that says what is missing and which VM types there are.
+    pub fn with_kvm(fd: BorrowedFd<'static>) -> Result<Arc<Vm>> {
+        Vm::with_kernel(Arc::new(Linux), Some(fd))
+    }
+
+    /// A VM with the emulated trust agent, which protects nothing.
+    pub fn emulated() -> Arc<Vm> {
+        Vm::new(Arc::new(Linux), Agent::Emulated)
+    }
+
+    /// As [`Vm::with_kvm`] (with a VM fd) or [`Vm::emulated`] (without), on a
+    /// kernel of the caller's. For tests.
+    pub fn with_kernel(
+        kernel: Arc<dyn Kernel>,
+        fd: Option<BorrowedFd<'static>>,
+    ) -> Result<Arc<Vm>> {
+        let Some(fd) = fd else {
+            return Ok(Vm::new(kernel, Agent::Emulated));
+        };
+        check_capabilities(kernel.as_ref(), fd)?;
+        Ok(Vm::new(kernel, Agent::SwProtected(fd)))
+    }
+
+    fn new(kernel: Arc<dyn Kernel>, agent: Agent) -> Arc<Vm> {
+        Arc::new(Vm {
+            kernel,
+            agent,
+            bindings: ShardedLock::default(),
+            serials: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn next_serial(&self) -> u64 {
+        self.serials.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Says that the guest sees `size` bytes of `region` from `offset` at
+    /// guest-physical `gpa`, and gives KVM the state of that stretch. To be
+    /// called before the memory slot is made, so that the guest never reaches
+    /// the wrong side.
+    ///
+    /// One byte of a region can be bound once: KVM refuses a second slot for
+    /// the same place of a `guest_memfd` (EEXIST).
+    pub fn bind(&self, region: &Arc<Region>, offset: u64, gpa: u64, size: u64) -> Result<()> {
+        let offsets = region.range(offset, size)?;
+        let gpa = Range::new(gpa, size)?;
+        let mut bindings = self
+            .bindings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        for other in bindings.values() {
+            if other.gpa.overlaps(&gpa) {
+                let what = format!("region '{}'", other.region.name());
+                let gpa = other.gpa;
+                return Err(Error::AlreadyBound { what, gpa });
+            }
+            if Arc::ptr_eq(&other.region, region) && other.offsets().overlaps(&offsets) {
+                let what = format!("{offsets} of region '{}'", region.name());
+                let gpa = other.gpa;
+                return Err(Error::AlreadyBound { what, gpa });
+            }
+        }
+        let region = region.clone();
+        let binding = Binding {
+            region,
+            gpa,
+            offset,
+        };
+        self.apply_state(&binding)?;
+        bindings.insert(gpa.start(), binding);
+        Ok(())
+    }
+
+    /// Ends the binding of exactly `size` bytes at `gpa`, and makes that range
+    /// shared again for KVM, so that whatever comes there next starts shared.
+    /// To be called after the memory slot is gone.
+    pub fn unbind(&self, gpa: u64, size: u64) -> Result<()> {
+        let gpa = Range::new(gpa, size)?;
+        let mut bindings = self
+            .bindings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        match bindings.get(&gpa.start()) {
+            Some(binding) if binding.gpa == gpa => {}
+            _ => return Err(Error::NotBound(gpa)),
+        }
+        let binding = bindings.remove(&gpa.start()).expect("just looked up");
+        self.clear_state(&binding)
+    }
+
+    /// Ends every binding of `region`.
+    pub fn unbind_region(&self, region: &Arc<Region>) {
+        let mut bindings = self
+            .bindings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        bindings.retain(|_, binding| {
+            let keep = !Arc::ptr_eq(&binding.region, region);
+            if !keep {
+                // The attributes of a range without a slot have no effect, and
+                // `apply_state` sets both sides where the next one comes.
+                let _ = self.clear_state(binding);
+            }
+            keep
+        });
+    }
+
+    /// The bindings of `region`, in order of guest-physical address.
+    pub fn bindings_of(&self, region: &Arc<Region>) -> Vec<Binding> {
+        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+        bindings
+            .values()
+            .filter(|binding| Arc::ptr_eq(&binding.region, region))
+            .cloned()
+            .collect()
+    }
+
+    /// Makes KVM's attributes agree with the state map; all shared on failure.
+    fn apply_state(&self, binding: &Binding) -> Result<()> {
+        let Agent::SwProtected(_) = self.agent else {
+            return Ok(());
+        };
+        let offsets = binding.offsets();
+        for run in binding.region.state.runs(offsets.granules()) {
+            let run_offsets = Range::from_granules(run.granules);
+            let gpa = run_offsets.rebase(binding.offset, binding.gpa.start());
+            if let Err(e) = self.set_attributes(gpa, run.side) {
+                let _ = self.clear_state(binding);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn clear_state(&self, binding: &Binding) -> Result<()> {
+        match self.agent {
+            Agent::SwProtected(_) => self.set_attributes(binding.gpa, Side::Shared),
+            Agent::Emulated => Ok(()),
+        }
+    }
+
+    /// `KVM_SET_MEMORY_ATTRIBUTES`; nothing to do for the emulated agent.
+    pub(crate) fn set_attributes(&self, gpa: Range, side: Side) -> Result<()> {
+        let Agent::SwProtected(vm) = self.agent else {
+            return Ok(());
+        };
+        let attributes = match side {
+            Side::Shared => 0,
+            Side::Private => u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE),
+        };
+        retry(|| self.kernel.set_memory_attributes(vm, gpa, attributes))
+            .map_err(|e| Error::kernel("KVM_SET_MEMORY_ATTRIBUTES", e))
+    }
+
+    /// Makes `side` what is reachable of `offsets`, which the guest sees at
+    /// `gpa`; every translation of the other side is gone on return.
+    pub(crate) fn switch(
+        &self,
+        region: &Region,
+        offsets: Range,
+        gpa: Range,
+        side: Side,
+    ) -> Result<()> {
+        match (&self.agent, region.host_mapping()) {
+            (Agent::SwProtected(_), _) => self.set_attributes(gpa, side),
+            (Agent::Emulated, None) => Ok(()),
+            (Agent::Emulated, Some(host)) => {
+                let at = host + offsets.start() as usize;
+                let fd = region.store(side).fd();
+                // SAFETY: `set_host_mapping` promised a mapping of the whole
+                // region that is ours to replace while conversions run, and
+                // `offsets` lies within the region.
+                retry(|| unsafe { self.kernel.map_fixed(at, fd, offsets) })
+                    .map_err(|e| Error::kernel("mmap", e))
+            }
+        }
+    }
+}
+
+/// Names of KVM_X86_*_VM, by number.
+const VM_TYPES: [&str; 6] = ["default", "sw-protected", "sev", "sev-es", "snp", "tdx"];
+
+fn check_capabilities(kernel: &dyn Kernel, vm: BorrowedFd) -> Result<()> {
+    let capability = |number| {
+        retry(|| kernel.check_extension(vm, number))
+            .map_err(|e| Error::kernel("KVM_CHECK_EXTENSION", e))
+    };
+    let attributes = capability(KVM_CAP_MEMORY_ATTRIBUTES)?;
+    let guest_memfd = capability(KVM_CAP_GUEST_MEMFD)?;
+    let user_memory2 = capability(KVM_CAP_USER_MEMORY2)?;
+    if attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0 && guest_memfd != 0 && user_memory2 != 0 {
+        return Ok(());
+    }
+    let types = capability(KVM_CAP_VM_TYPES)?.max(1);
+    let types: Vec<_> = VM_TYPES
+        .iter()
+        .enumerate()
+        .filter(|(number, _)| types >> number & 1 == 1)
+        .map(|(number, name)| format!("{name} ({number})"))
+        .collect();
+    Err(Error::NoPrivateMemory(format!(
+        "it has KVM_CAP_MEMORY_ATTRIBUTES={attributes:#x} (needed: {KVM_MEMORY_ATTRIBUTE_PRIVATE:#x}), \
+         KVM_CAP_GUEST_MEMFD={guest_memfd} and KVM_CAP_USER_MEMORY2={user_memory2} (needed: 1); \
+         VM types of this KVM: {}",
+        types.join(", ")
+    )))
+}

@@ -1,0 +1,169 @@
+/*
+ * A C client of libprivmem: the emulated agent from creation to the end, and
+ * what the interface promises for bad arguments. Exits 0, or 1 with the line
+ * that failed.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <privmem.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define PAGE 4096ull
+#define PAGES 64ull
+
+#define CHECK(what)                                                     \
+    do {                                                                \
+        if (!(what)) {                                                  \
+            fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__,     \
+                    #what, privmem_last_error());                       \
+            exit(1);                                                    \
+        }                                                               \
+    } while (0)
+
+static bool all_are(const unsigned char *page, int value)
+{
+    for (size_t i = 0; i < PAGE; i++) {
+        if (page[i] != value) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void null_is_an_error(void)
+{
+    struct privmem_vm *vm = NULL;
+    struct privmem_region *region = NULL;
+    struct privmem_info info;
+    struct privmem_run run;
+    uint64_t len = 1;
+    char text[8];
+
+    CHECK(privmem_vm_new_emulated(NULL) == -EINVAL);
+    CHECK(strstr(privmem_last_error(), "NULL"));
+    CHECK(privmem_vm_new_kvm(-1, &vm) == -EINVAL && vm == NULL);
+    CHECK(privmem_vm_bind(NULL, NULL, 0, 0, PAGE) == -EINVAL);
+    CHECK(privmem_vm_unbind(NULL, 0, PAGE) == -EINVAL);
+    CHECK(privmem_vm_convert(NULL, 0, PAGE, true) == -EINVAL);
+    CHECK(privmem_vm_memory_fault(NULL, 0, PAGE) == -EINVAL);
+    CHECK(privmem_region_new(NULL, "r", PAGE, &region) == -EINVAL);
+    CHECK(privmem_region_shared_fd(NULL) == -EINVAL);
+    CHECK(privmem_region_private_fd(NULL) == -EINVAL);
+    CHECK(privmem_region_set_host_mapping(NULL, text) == -EINVAL);
+    CHECK(!privmem_region_host_access(NULL, 0, &len));
+    CHECK(privmem_region_info(NULL, &info, sizeof(info)) == -EINVAL);
+    CHECK(privmem_region_picture(NULL, text, sizeof(text)) == -EINVAL);
+    CHECK(privmem_region_next_run(NULL, 0, &run) == -EINVAL);
+    CHECK(privmem_region_binding(NULL, 0, NULL) == -EINVAL);
+    privmem_vm_free(NULL);
+    privmem_region_free(NULL);
+}
+
+static void *convert_own_part(void *vm)
+{
+    static int number;
+    uint64_t gpa = (uint64_t)__atomic_fetch_add(&number, 1, __ATOMIC_RELAXED) *
+                   16 * PAGE;
+
+    for (int i = 0; i < 200; i++) {
+        CHECK(privmem_vm_convert(vm, gpa, 16 * PAGE, i % 2 == 0) == 0);
+    }
+    return NULL;
+}
+
+static void convert_in_threads(const struct privmem_vm *vm)
+{
+    pthread_t threads[4];
+
+    for (int i = 0; i < 4; i++) {
+        CHECK(pthread_create(&threads[i], NULL, convert_own_part,
+                             (void *)vm) == 0);
+    }
+    for (int i = 0; i < 4; i++) {
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    }
+}
+
+int main(void)
+{
+    struct privmem_vm *vm = NULL, *other_vm = NULL;
+    struct privmem_region *region = NULL;
+    struct privmem_info info;
+    struct privmem_run run;
+    struct privmem_binding binding;
+    char picture[PAGES + 1];
+    unsigned char *host;
+
+    null_is_an_error();
+    CHECK(privmem_version()[0] != '\0');
+
+    CHECK(privmem_vm_new_emulated(&vm) == 0);
+    CHECK(privmem_region_new(vm, "ram", 0, &region) == -EINVAL);
+    CHECK(privmem_region_new(vm, "ram", PAGE + 1, &region) == -EINVAL);
+    CHECK(privmem_region_new(vm, NULL, PAGE, &region) == -EINVAL);
+    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, NULL) == -EINVAL);
+    CHECK(region == NULL);
+    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, &region) == 0);
+
+    host = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+                privmem_region_shared_fd(region), 0);
+    CHECK(host != MAP_FAILED);
+    CHECK(privmem_region_set_host_mapping(region, host + 1) == -EINVAL);
+    CHECK(privmem_region_set_host_mapping(region, host) == 0);
+    CHECK(privmem_region_set_host_mapping(region, host) == -EBUSY);
+
+    CHECK(privmem_vm_new_emulated(&other_vm) == 0);
+    CHECK(privmem_vm_bind(other_vm, region, 0, 0, PAGE) == -EINVAL);
+    privmem_vm_free(other_vm);
+    CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
+    CHECK(privmem_vm_bind(vm, region, 0, PAGES * PAGE, PAGE) == -EEXIST);
+    CHECK(privmem_region_binding(region, 0, &binding) == 0);
+    CHECK(binding.gpa == 0 && binding.size == PAGES * PAGE);
+    CHECK(privmem_region_binding(region, 1, &binding) == -ENOENT);
+
+    memset(host, 7, PAGES * PAGE);
+    CHECK(privmem_vm_convert(vm, 4 * PAGE, 2 * PAGE, true) == 0);
+    CHECK(all_are(host + 3 * PAGE, 7) && all_are(host + 4 * PAGE, 0));
+    CHECK(all_are(host + 5 * PAGE, 0) && all_are(host + 6 * PAGE, 7));
+
+    CHECK(privmem_vm_convert(vm, 1, PAGE, true) == -EINVAL);
+    CHECK(privmem_vm_convert(vm, 0, 0, true) == -EINVAL);
+    CHECK(privmem_vm_convert(vm, UINT64_MAX - PAGE + 1, PAGE, false) ==
+          -EINVAL);
+    CHECK(privmem_vm_convert(vm, PAGES * PAGE, PAGE, true) == -EINVAL);
+    CHECK(strstr(privmem_last_error(), "0x40000"));
+    CHECK(privmem_vm_convert(vm, PAGES * PAGE, PAGE, false) == 0);
+
+    CHECK(privmem_region_next_run(region, 0, &run) == 0);
+    CHECK(run.size == 4 * PAGE && !run.is_private);
+    CHECK(privmem_region_next_run(region, run.size, &run) == 0);
+    CHECK(run.offset == 4 * PAGE && run.size == 2 * PAGE && run.is_private);
+    CHECK(privmem_region_next_run(region, PAGES * PAGE, &run) == -EINVAL);
+    CHECK(privmem_region_next_run(region, UINT64_MAX, &run) == -EINVAL);
+
+    CHECK(privmem_region_info(region, &info, 8) == -EINVAL);
+    CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
+    CHECK(info.private_bytes == 2 * PAGE);
+    CHECK(info.shared_bytes == (PAGES - 2) * PAGE);
+    CHECK(info.conversions == 1 && info.failed_conversions == 0);
+    CHECK(privmem_region_picture(region, picture, sizeof(picture)) == 0);
+    CHECK(strncmp(picture, "....##..", 8) == 0 && strlen(picture) == PAGES);
+    CHECK(privmem_region_picture(region, picture, 1) == -EINVAL);
+
+    convert_in_threads(vm);
+    CHECK(privmem_vm_unbind(vm, 0, PAGE) == -ENOENT);
+    CHECK(privmem_vm_unbind(vm, 0, PAGES * PAGE) == 0);
+
+    /* A VM handle may go before its regions. */
+    privmem_vm_free(vm);
+    privmem_region_free(region);
+    munmap(host, PAGES * PAGE);
+    return 0;
+}

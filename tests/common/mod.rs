@@ -1,0 +1,149 @@
+//! A model of the kernel: which guest-physical granules have the private
+//! attribute and which offsets each fd holds pages for. It can fail any call.
+
+#![allow(dead_code)] // every test file uses a part of it
+
+use std::collections::{BTreeSet, HashMap};
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use privmem::kernel::{Kernel, Linux};
+use privmem::{GRANULE, Range, Region, Side, Vm};
+
+/// Which calls of `set_memory_attributes`, `punch_hole` and `map_fixed` fail.
+#[derive(Clone, Copy)]
+pub enum Fail {
+    Never,
+    /// Only the call with this number, counted from 0.
+    Once(usize, i32),
+    /// The call with this number and all later ones.
+    From(usize, i32),
+}
+
+#[derive(Default, Clone, PartialEq, Debug)]
+pub struct Pages {
+    /// Granules with `KVM_MEMORY_ATTRIBUTE_PRIVATE`, by guest-physical number.
+    pub private: BTreeSet<u64>,
+    /// Granules that each fd holds a page for.
+    pub held: HashMap<RawFd, BTreeSet<u64>>,
+}
+
+pub struct Model {
+    pages: Mutex<Pages>,
+    fail: Mutex<(Fail, usize)>,
+    pub attributes: u32,
+    pub guest_memfd: u32,
+}
+
+impl Model {
+    pub fn new() -> Arc<Model> {
+        Arc::new(Model {
+            pages: Mutex::default(),
+            fail: Mutex::new((Fail::Never, 0)),
+            attributes: 8,
+            guest_memfd: 1,
+        })
+    }
+
+    /// A VM on this model. Its "VM fd" is only a number to the model.
+    pub fn vm(self: &Arc<Model>) -> Arc<Vm> {
+        Vm::with_kernel(self.clone(), Some(stand_in_fd())).unwrap()
+    }
+
+    pub fn set_fail(&self, fail: Fail) {
+        *self.fail.lock().unwrap() = (fail, 0);
+    }
+
+    /// Number of calls since `set_fail`.
+    pub fn calls(&self) -> usize {
+        self.fail.lock().unwrap().1
+    }
+
+    pub fn pages(&self) -> Pages {
+        self.pages.lock().unwrap().clone()
+    }
+
+    /// The guest or the host touches a granule: its store takes a page.
+    pub fn touch(&self, region: &Region, side: Side, granule: u64) {
+        let fd = region.store(side).fd().as_raw_fd();
+        let mut pages = self.pages.lock().unwrap();
+        pages.held.entry(fd).or_default().insert(granule);
+    }
+
+    fn call(&self) -> io::Result<()> {
+        let mut fail = self.fail.lock().unwrap();
+        let number = fail.1;
+        fail.1 += 1;
+        match fail.0 {
+            Fail::Once(at, errno) if number == at => Err(io::Error::from_raw_os_error(errno)),
+            Fail::From(at, errno) if number >= at => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+}
+
+pub fn stand_in_fd() -> BorrowedFd<'static> {
+    // SAFETY: standard error is open for as long as the tests run.
+    unsafe { BorrowedFd::borrow_raw(2) }
+}
+
+pub fn granules(range: Range) -> std::ops::Range<u64> {
+    range.start() / GRANULE..range.end() / GRANULE
+}
+
+impl Kernel for Model {
+    fn check_extension(&self, _: BorrowedFd, capability: u32) -> io::Result<u32> {
+        Ok(match capability {
+            kvm_bindings::KVM_CAP_MEMORY_ATTRIBUTES => self.attributes,
+            kvm_bindings::KVM_CAP_GUEST_MEMFD => self.guest_memfd,
+            kvm_bindings::KVM_CAP_USER_MEMORY2 => 1,
+            kvm_bindings::KVM_CAP_VM_TYPES => 0b11,
+            _ => 0,
+        })
+    }
+
+    fn create_guest_memfd(&self, _: BorrowedFd, _: u64) -> io::Result<OwnedFd> {
+        self.call()?;
+        Linux.create_memfd(c"model", GRANULE)
+    }
+
+    fn set_memory_attributes(&self, _: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()> {
+        self.call()?;
+        let mut pages = self.pages.lock().unwrap();
+        match attributes {
+            0 => pages.private.retain(|g| !granules(gpa).contains(g)),
+            _ => pages.private.extend(granules(gpa)),
+        }
+        Ok(())
+    }
+
+    fn create_memfd(&self, name: &CStr, _: u64) -> io::Result<OwnedFd> {
+        self.call()?;
+        Linux.create_memfd(name, GRANULE)
+    }
+
+    fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
+        self.call()?;
+        let mut pages = self.pages.lock().unwrap();
+        let held = pages.held.entry(fd.as_raw_fd()).or_default();
+        held.retain(|g| !granules(offsets).contains(g));
+        Ok(())
+    }
+
+    fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64> {
+        let pages = self.pages.lock().unwrap();
+        let held = pages.held.get(&fd.as_raw_fd());
+        let count = held.map_or(0, |held| held.range(granules(offsets)).count());
+        Ok(count as u64 * GRANULE)
+    }
+
+    fn blocks(&self, _: BorrowedFd) -> io::Result<u64> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    unsafe fn map_fixed(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<()> {
+        self.call()
+    }
+}

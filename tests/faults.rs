@@ -1,0 +1,179 @@
+//! Every call into the kernel fails in turn; nothing may lose track.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Fail, Model, Pages};
+use privmem::{Error, GRANULE, Region, Side, Vm};
+
+/// Two regions side by side, 16 granules each, with several runs on each side
+/// and a page held wherever one may be.
+struct Setup {
+    kernel: Arc<Model>,
+    vm: Arc<Vm>,
+    regions: [Arc<Region>; 2],
+}
+
+impl Setup {
+    fn new() -> Setup {
+        let kernel = Model::new();
+        let vm = kernel.vm();
+        let regions = [(); 2].map(|()| Region::new(&vm, "r", 16 * GRANULE).unwrap());
+        for (index, region) in regions.iter().enumerate() {
+            vm.bind(region, 0, index as u64 * 16 * GRANULE, 16 * GRANULE)
+                .unwrap();
+        }
+        for granule in [2, 3, 7, 15, 16, 20] {
+            vm.convert(granule * GRANULE, GRANULE, Side::Private)
+                .unwrap();
+        }
+        let setup = Setup {
+            kernel,
+            vm,
+            regions,
+        };
+        for gpa in 0..32 {
+            let (region, granule) = setup.place(gpa);
+            setup.kernel.touch(region, setup.side(gpa), granule);
+        }
+        setup
+    }
+
+    fn place(&self, gpa: u64) -> (&Arc<Region>, u64) {
+        (&self.regions[gpa as usize / 16], gpa % 16)
+    }
+
+    fn side(&self, gpa: u64) -> Side {
+        let (region, granule) = self.place(gpa);
+        let mut runs = region.runs(granule * GRANULE, GRANULE).unwrap();
+        runs.next().unwrap().side
+    }
+
+    fn sides(&self) -> Vec<Side> {
+        (0..32).map(|gpa| self.side(gpa)).collect()
+    }
+
+    fn convert(&self, to: Side) -> privmem::Result<()> {
+        self.vm.convert(GRANULE, 24 * GRANULE, to)
+    }
+
+    fn assert_map_is_the_kernels(&self) {
+        let private = self.kernel.pages().private;
+        for gpa in 0..32 {
+            assert_eq!(self.side(gpa) == Side::Private, private.contains(&gpa));
+        }
+    }
+}
+
+fn pages_held(pages: &Pages) -> usize {
+    pages.held.values().map(|held| held.len()).sum()
+}
+
+#[test]
+fn a_call_that_fails_once_is_undone() {
+    for to in [Side::Private, Side::Shared] {
+        let mut number = 0;
+        loop {
+            let setup = Setup::new();
+            let (sides, pages) = (setup.sides(), setup.kernel.pages());
+            setup.kernel.set_fail(Fail::Once(number, libc::ENOMEM));
+            let result = setup.convert(to);
+            if setup.kernel.calls() <= number {
+                result.unwrap();
+                break;
+            }
+            let error = result.unwrap_err();
+            assert_eq!(error.errno(), libc::ENOMEM);
+            assert_eq!(setup.sides(), sides, "call {number} to {to:?}");
+            let after = setup.kernel.pages();
+            assert_eq!(after.private, pages.private);
+            let gone = (pages_held(&pages) - pages_held(&after)) as u64 * GRANULE;
+            let told = match error {
+                Error::Undone {
+                    contents_lost,
+                    stuck: 0,
+                    ..
+                } => contents_lost,
+                _ => 0,
+            };
+            assert_eq!(told, gone, "call {number} to {to:?}");
+            // The same request succeeds once the kernel does.
+            setup.convert(to).unwrap();
+            number += 1;
+        }
+        assert!(number >= 6, "the request makes several calls");
+    }
+}
+
+#[test]
+fn when_undo_fails_too_the_map_follows_the_kernel() {
+    for to in [Side::Private, Side::Shared] {
+        for number in 0..40 {
+            let setup = Setup::new();
+            setup.kernel.set_fail(Fail::From(number, libc::EIO));
+            let result = setup.convert(to);
+            if setup.kernel.calls() <= number {
+                result.unwrap();
+                continue;
+            }
+            let text = result.unwrap_err().to_string();
+            setup.assert_map_is_the_kernels();
+            // What the failed undo left behind is freed by the next request.
+            setup.kernel.set_fail(Fail::Never);
+            setup
+                .convert(to.other())
+                .unwrap_or_else(|e| panic!("{text}: {e}"));
+            setup.convert(to).unwrap();
+            setup.assert_map_is_the_kernels();
+            for region in &setup.regions {
+                assert_eq!(region.info().held_twice, Some(0), "after {text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_call_is_repeated() {
+    let setup = Setup::new();
+    setup.kernel.set_fail(Fail::Once(0, libc::EINTR));
+    setup.convert(Side::Private).unwrap();
+}
+
+#[test]
+fn a_binding_that_fails_leaves_nothing() {
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "r", 8 * GRANULE).unwrap();
+    vm.bind(&region, 0, 0, 8 * GRANULE).unwrap();
+    for granule in [1, 4] {
+        vm.convert(granule * GRANULE, GRANULE, Side::Private)
+            .unwrap();
+    }
+    vm.unbind(0, 8 * GRANULE).unwrap();
+    assert!(kernel.pages().private.is_empty());
+    for number in 0..5 {
+        kernel.set_fail(Fail::Once(number, libc::ENOMEM));
+        vm.bind(&region, 0, 64 * GRANULE, 8 * GRANULE).unwrap_err();
+        assert!(kernel.pages().private.is_empty());
+        assert!(vm.bindings_of(&region).is_empty());
+    }
+    kernel.set_fail(Fail::Never);
+    vm.bind(&region, 0, 64 * GRANULE, 8 * GRANULE).unwrap();
+    assert_eq!(kernel.pages().private, [65, 68].into());
+}
+
+#[test]
+fn creation_passes_on_what_the_kernel_says() {
+    for (number, errno, word) in [
+        (0, libc::EMFILE, "RLIMIT_NOFILE"),
+        (1, libc::ENOMEM, "memory"),
+    ] {
+        let kernel = Model::new();
+        let vm = kernel.vm();
+        kernel.set_fail(Fail::Once(number, errno));
+        let error = Region::new(&vm, "r", GRANULE).err().unwrap();
+        assert_eq!(error.errno(), errno);
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}

@@ -1,0 +1,145 @@
+//! Rules of bindings, requests and concurrency, one test each.
+
+mod common;
+
+use std::sync::Arc;
+use std::thread;
+
+use common::{Fail, Model, stand_in_fd};
+use privmem::{Error, GRANULE, Region, Side, Vm};
+
+fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "ram0", granules * GRANULE).unwrap();
+    vm.bind(&region, 0, 0, granules * GRANULE).unwrap();
+    (kernel, vm, region)
+}
+
+#[test]
+fn a_vm_without_private_memory_is_refused_with_what_there_is() {
+    let mut kernel = Arc::into_inner(Model::new()).unwrap();
+    kernel.attributes = 0;
+    let error = Vm::with_kernel(Arc::new(kernel), Some(stand_in_fd()))
+        .err()
+        .unwrap();
+    assert_eq!(error.errno(), libc::EOPNOTSUPP);
+    let text = error.to_string();
+    assert!(text.contains("KVM_CAP_MEMORY_ATTRIBUTES=0x0"), "{text}");
+    assert!(text.contains("default (0), sw-protected (1)"), "{text}");
+}
+
+#[test]
+fn a_region_has_a_size_of_whole_granules() {
+    let vm = Vm::emulated();
+    for (size, word) in [
+        (0, "not be 0"),
+        (GRANULE + 1, "multiple"),
+        (1 << 63, "larger"),
+    ] {
+        let error = Region::new(&vm, "r", size).err().unwrap();
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
+#[test]
+fn one_place_is_bound_once() {
+    let (_, vm, region) = vm_with_region(8);
+    let other = Region::new(&vm, "other", 8 * GRANULE).unwrap();
+    for (region, offset, gpa) in [(&other, 0, 7), (&region, 7, 100)] {
+        let result = vm.bind(region, offset * GRANULE, gpa * GRANULE, GRANULE);
+        assert!(matches!(result, Err(Error::AlreadyBound { .. })));
+    }
+    assert!(matches!(
+        vm.bind(&other, 0, 64 * GRANULE, 9 * GRANULE),
+        Err(Error::OutsideRegion(..))
+    ));
+    assert!(matches!(vm.unbind(0, GRANULE), Err(Error::NotBound(_))));
+}
+
+#[test]
+fn state_follows_the_region_to_its_next_address() {
+    let (kernel, vm, _region) = vm_with_region(8);
+    vm.convert(2 * GRANULE, 2 * GRANULE, Side::Private).unwrap();
+    vm.unbind(0, 8 * GRANULE).unwrap();
+    assert!(
+        kernel.pages().private.is_empty(),
+        "the next slot starts shared"
+    );
+    vm.bind(&_region, 0, 100 * GRANULE, 8 * GRANULE).unwrap();
+    assert_eq!(kernel.pages().private, [102, 103].into());
+}
+
+#[test]
+fn what_is_not_bound_cannot_be_private_but_is_shared_already() {
+    let (kernel, vm, region) = vm_with_region(8);
+    for (start, len) in [(8, 1), (6, 4), (1 << 40, 1), (0, 1 << 50)] {
+        let result = vm.convert(start * GRANULE, len * GRANULE, Side::Private);
+        assert!(matches!(result, Err(Error::NotPrivateCapable { .. })));
+        assert!(kernel.pages().private.is_empty());
+        vm.convert(start * GRANULE, len * GRANULE, Side::Shared)
+            .unwrap();
+    }
+    let info = region.info();
+    assert_eq!((info.conversions, info.failed_conversions), (2, 2));
+}
+
+#[test]
+fn a_memory_fault_is_no_request_to_convert() {
+    let (kernel, vm, region) = vm_with_region(8);
+    vm.convert(2 * GRANULE, GRANULE, Side::Private).unwrap();
+    for granule in 0..8 {
+        vm.memory_fault(granule * GRANULE, GRANULE).unwrap();
+    }
+    assert_eq!(kernel.pages().private, [2].into());
+    assert_eq!(region.info().conversions, 1);
+    // Attributes that the end of a binding could not clear.
+    kernel.set_fail(Fail::From(0, libc::ENOMEM));
+    vm.unbind(0, 8 * GRANULE).unwrap_err();
+    vm.memory_fault(2 * GRANULE, GRANULE).unwrap_err();
+    kernel.set_fail(Fail::Never);
+    vm.memory_fault(2 * GRANULE, GRANULE).unwrap();
+    assert!(kernel.pages().private.is_empty());
+}
+
+#[test]
+fn the_host_may_touch_what_is_shared() {
+    let (_, vm, region) = vm_with_region(8);
+    vm.convert(2 * GRANULE, GRANULE, Side::Private).unwrap();
+    assert_eq!(region.host_access(100, GRANULE), (true, GRANULE));
+    assert_eq!(region.host_access(100, 1 << 40), (true, 2 * GRANULE - 100));
+    assert_eq!(region.host_access(2 * GRANULE + 5, 10), (false, 10));
+    assert_eq!(region.host_access(2 * GRANULE, 1 << 40), (false, GRANULE));
+    assert_eq!(region.host_access(u64::MAX, u64::MAX), (true, u64::MAX));
+}
+
+#[test]
+fn vcpus_may_convert_at_once() {
+    const THREADS: u64 = 4;
+    let (kernel, vm, region) = vm_with_region(64 * THREADS);
+    thread::scope(|scope| {
+        for own in 0..THREADS {
+            let vm = &vm;
+            scope.spawn(move || {
+                for round in 0..200 {
+                    let side = [Side::Private, Side::Shared][round % 2];
+                    // One's own range, and one that all share.
+                    vm.convert((own * 64 + 32) * GRANULE, 8 * GRANULE, side)
+                        .unwrap();
+                    vm.convert(30 * GRANULE, 64 * GRANULE, side).unwrap();
+                }
+                vm.convert((own * 64 + 48) * GRANULE, GRANULE, Side::Private)
+                    .unwrap();
+            });
+        }
+    });
+    let private = kernel.pages().private;
+    for gpa in 0..64 * THREADS {
+        let run = region.runs(gpa * GRANULE, GRANULE).unwrap().next();
+        assert_eq!(run.unwrap().side == Side::Private, private.contains(&gpa));
+    }
+    for own in 2..THREADS {
+        assert!(private.contains(&(own * 64 + 48)));
+    }
+    assert_eq!(region.info().failed_conversions, 0);
+}
