@@ -1,0 +1,221 @@
+/*
+ * QEMU private memory backend
+ *
+ * Guest RAM with two stores: a memfd that host and guest reach, and an fd
+ * that only the guest reaches (KVM's guest_memfd). libprivmem owns both.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <privmem.h>
+#include "qapi/error.h"
+#include "qemu/module.h"
+#include "qemu/units.h"
+#include "qom/object_interfaces.h"
+#include "hw/boards.h"
+#include "migration/blocker.h"
+#include "system/kvm.h"
+#include "system/private-memory.h"
+
+OBJECT_DECLARE_SIMPLE_TYPE(HostMemoryBackendPrivate, MEMORY_BACKEND_PRIVATE)
+
+struct HostMemoryBackendPrivate {
+    HostMemoryBackend parent_obj;
+
+    bool emulate;
+    struct privmem_region *region;
+    Error *migration_blocker;
+    bool discard_required;
+};
+
+/* What cannot be had in this machine is refused before anything is made. */
+static bool private_backend_check(HostMemoryBackendPrivate *m, const char *id,
+                                  Error **errp)
+{
+    HostMemoryBackend *backend = MEMORY_BACKEND(m);
+    MachineState *machine = MACHINE(qdev_get_machine());
+
+    if (!backend->size ||
+        !QEMU_IS_ALIGNED(backend->size, qemu_real_host_page_size())) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property 'size' "
+                   "is %" PRIu64 ": it must be a multiple of the host page "
+                   "size (%zu) and not 0", id, backend->size,
+                   (size_t)qemu_real_host_page_size());
+        return false;
+    }
+    if (!backend->share) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property 'share' "
+                   "must be 'on': KVM, the host and other processes share the "
+                   "fd of the shared store; leave the property out", id);
+        return false;
+    }
+    if (m->emulate && (machine->cgs || kvm_enabled())) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property "
+                   "'emulate' must be 'off' with %s: the emulated trust agent "
+                   "protects nothing; leave the property out, or use -accel "
+                   "tcg without confidential-guest-support", id,
+                   machine->cgs ? "a confidential guest" : "KVM");
+        return false;
+    }
+    if (!m->emulate && !kvm_enabled()) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': private memory "
+                   "needs KVM: use -accel kvm with -object "
+                   TYPE_SW_PROTECTED_GUEST ", or property 'emulate=on' for an "
+                   "emulation that protects nothing", id);
+        return false;
+    }
+    if (machine->cgs &&
+        !object_dynamic_cast(OBJECT(machine->cgs), TYPE_SW_PROTECTED_GUEST)) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
+                   "confidential-guest-support of type '%s' is not supported "
+                   "with this backend yet; use " TYPE_SW_PROTECTED_GUEST
+                   ", or another memory backend", id,
+                   object_get_typename(OBJECT(machine->cgs)));
+        return false;
+    }
+    return true;
+}
+
+/* Two stores that change sides cannot be moved, nor pinned, by what exists. */
+static bool private_backend_block(HostMemoryBackendPrivate *m, const char *id,
+                                  Error **errp)
+{
+    error_setg(&m->migration_blocker, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
+               "private memory cannot be migrated or saved", id);
+    if (migrate_add_blocker(&m->migration_blocker, errp) < 0) {
+        return false;
+    }
+    if (ram_block_discard_require(true)) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be used "
+                   "beside devices that pin all guest memory (such as "
+                   "vfio-pci); remove these devices", id);
+        return false;
+    }
+    m->discard_required = true;
+    return true;
+}
+
+/* Maps the shared store as the RAM of the backend. */
+static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
+                                Error **errp)
+{
+    ERRP_GUARD();
+    HostMemoryBackend *backend = MEMORY_BACKEND(m);
+    g_autofree char *name = host_memory_backend_get_name(backend);
+    uint32_t ram_flags = RAM_SHARED | (backend->reserve ? 0 : RAM_NORESERVE);
+    int fd = qemu_dup(privmem_region_shared_fd(m->region));
+
+    if (fd < 0) {
+        error_setg_errno(errp, errno, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
+                         "cannot duplicate the fd of the shared store; raise "
+                         "the limit of open files (RLIMIT_NOFILE)", id);
+        return false;
+    }
+    /* The RAMBlock takes over the fd. */
+    if (!memory_region_init_ram_from_fd(&backend->mr, OBJECT(backend), name,
+                                        backend->size, ram_flags, fd, 0,
+                                        errp)) {
+        close(fd);
+        error_prepend(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': no memory for "
+                      "the shared store of property 'size' (%" PRIu64 "), use "
+                      "a smaller one: ", id, backend->size);
+        return false;
+    }
+    backend->aligned = true;
+    if (privmem_region_set_host_mapping(m->region,
+                                        backend->mr.ram_block->host)) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': %s", id,
+                   privmem_last_error());
+        return false;
+    }
+    backend->mr.ram_block->privmem = m->region;
+    return true;
+}
+
+static bool private_backend_memory_alloc(HostMemoryBackend *backend,
+                                         Error **errp)
+{
+    ERRP_GUARD();
+    HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(backend);
+    const char *id = object_get_canonical_path_component(OBJECT(m));
+    struct privmem_vm *vm;
+
+    if (!private_backend_check(m, id, errp)) {
+        return false;
+    }
+    vm = private_memory_vm(m->emulate, errp);
+    if (!vm) {
+        error_prepend(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': ", id);
+        return false;
+    }
+    if (privmem_region_new(vm, id, backend->size, &m->region)) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s' (property 'size' "
+                   "is %" PRIu64 "): %s", id, backend->size,
+                   privmem_last_error());
+        return false;
+    }
+    return private_backend_block(m, id, errp) &&
+           private_backend_map(m, id, errp);
+}
+
+static bool private_backend_get_emulate(Object *o, Error **errp)
+{
+    return MEMORY_BACKEND_PRIVATE(o)->emulate;
+}
+
+static void private_backend_set_emulate(Object *o, bool value, Error **errp)
+{
+    if (host_memory_backend_mr_inited(MEMORY_BACKEND(o))) {
+        error_setg(errp, "cannot change property 'emulate' of %s",
+                   object_get_typename(o));
+        return;
+    }
+    MEMORY_BACKEND_PRIVATE(o)->emulate = value;
+}
+
+static void private_backend_instance_init(Object *obj)
+{
+    MEMORY_BACKEND(obj)->share = true;
+}
+
+/* By now nobody maps the RAM any more: the last user held a reference. */
+static void private_backend_instance_finalize(Object *obj)
+{
+    HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
+
+    if (m->discard_required) {
+        ram_block_discard_require(false);
+    }
+    migrate_del_blocker(&m->migration_blocker);
+    privmem_region_free(m->region);
+}
+
+static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
+{
+    HostMemoryBackendClass *bc = MEMORY_BACKEND_CLASS(oc);
+
+    bc->alloc = private_backend_memory_alloc;
+
+    object_class_property_add_bool(oc, "emulate", private_backend_get_emulate,
+                                   private_backend_set_emulate);
+    object_class_property_set_description(oc, "emulate",
+        "Emulate private memory without KVM, for TCG and tests; "
+        "protects nothing");
+}
+
+static const TypeInfo private_backend_info = {
+    .name = TYPE_MEMORY_BACKEND_PRIVATE,
+    .parent = TYPE_MEMORY_BACKEND,
+    .instance_size = sizeof(HostMemoryBackendPrivate),
+    .instance_init = private_backend_instance_init,
+    .instance_finalize = private_backend_instance_finalize,
+    .class_init = private_backend_class_init,
+};
+
+static void register_types(void)
+{
+    type_register_static(&private_backend_info);
+}
+
+type_init(register_types);

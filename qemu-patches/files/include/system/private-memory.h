@@ -1,0 +1,127 @@
+/*
+ * Private guest memory behind an fd (libprivmem)
+ *
+ * What QEMU's own files need to know of memory-backend-private: which memory
+ * slot gets which fd, whether the host may touch a page, and where a guest's
+ * request to convert memory goes. Decisions are the library's; see privmem.h.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef SYSTEM_PRIVATE_MEMORY_H
+#define SYSTEM_PRIVATE_MEMORY_H
+
+#include "system/hostmem.h"
+#if QEMU_VERSION_MAJOR == 10 && QEMU_VERSION_MINOR == 0
+#include "exec/address-spaces.h"
+#include "exec/ramblock.h"
+typedef void ClassInitData;
+#else
+#include "system/address-spaces.h"
+#include "system/ramblock.h"
+typedef const void ClassInitData;
+#endif
+
+#define TYPE_MEMORY_BACKEND_PRIVATE "memory-backend-private"
+#define TYPE_SW_PROTECTED_GUEST "sw-protected-guest"
+
+#ifdef CONFIG_PRIVATE_MEMORY
+
+struct privmem_vm;
+
+/*
+ * Tells the fd of the KVM VM, once it exists. The fd stays KVM's and stays
+ * open until QEMU ends.
+ */
+void private_memory_set_kvm_vm(int vm_fd);
+
+/*
+ * The library's VM, made by the first call: with KVM (@emulate false) or with
+ * the emulated trust agent. NULL and @errp where the VM has no private memory.
+ */
+struct privmem_vm *private_memory_vm(bool emulate, Error **errp);
+
+/*
+ * True where guests' requests to convert memory are the library's to answer.
+ * Any thread.
+ */
+bool private_memory_enabled(void);
+
+/*
+ * Converts guest-physical memory. 0, or a negative errno and @errp. Any
+ * thread, with or without the BQL; with the emulated agent, with the BQL.
+ */
+int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
+                           Error **errp);
+
+/*
+ * KVM_HC_MAP_GPA_RANGE: arguments as the guest gave them. Returns what the
+ * guest finds in its register: 0 or a negative errno.
+ */
+uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
+                                  bool to_private);
+
+/*
+ * KVM_EXIT_MEMORY_FAULT. 0 if the vCPU may run on, else a negative errno: the
+ * error has been reported and no retry can help.
+ */
+int private_memory_fault(hwaddr gpa, uint64_t size);
+
+/*
+ * A memory slot for @size bytes of @block, from @offset, is about to appear at
+ * @gpa. Returns the fd that goes into the slot, or -1 for a slot that cannot
+ * be private.
+ */
+int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
+                            hwaddr size);
+
+/* The slot of private_memory_slot_add() is gone. */
+void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);
+
+/* Out of line part of private_memory_host_access(). */
+bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
+                                      hwaddr *len);
+
+/*
+ * Fails, naming the page, where any of the guest-physical range is private
+ * and so out of the host's reach.
+ */
+bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp);
+
+/* Drops translated code of @len bytes of @mr at @offset. In physmem.c. */
+void memory_region_invalidate_code(MemoryRegion *mr, hwaddr offset, hwaddr len);
+
+static inline bool memory_region_is_private_capable(const MemoryRegion *mr)
+{
+    return mr->ram_block && mr->ram_block->privmem;
+}
+
+/*
+ * Whether the host may touch @mr at @offset; cuts @len to where the answer
+ * holds. Touching what is private would find zeroes and take a second page.
+ * Any thread, no lock.
+ */
+static inline bool private_memory_host_access(MemoryRegion *mr, hwaddr offset,
+                                              hwaddr *len)
+{
+    return likely(!memory_region_is_private_capable(mr)) ||
+           private_memory_host_access_block(mr->ram_block, offset, len);
+}
+
+#else /* !CONFIG_PRIVATE_MEMORY */
+
+static inline bool private_memory_check_host_access(hwaddr gpa, uint64_t size,
+                                                    Error **errp)
+{
+    return true;
+}
+
+static inline bool private_memory_host_access(MemoryRegion *mr, hwaddr offset,
+                                              hwaddr *len)
+{
+    return true;
+}
+
+#endif /* CONFIG_PRIVATE_MEMORY */
+
+#endif /* SYSTEM_PRIVATE_MEMORY_H */

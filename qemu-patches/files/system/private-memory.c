@@ -1,0 +1,342 @@
+/*
+ * Private guest memory behind an fd (libprivmem)
+ *
+ * Owns the library's VM and translates: memory slots and sections become
+ * bindings, guests' requests become conversions, the library's figures become
+ * QAPI. Locking is the library's; see privmem.h.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <privmem.h>
+#include "qapi/error.h"
+#include "qapi/qapi-commands-private-memory.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/host-utils.h"
+#include "qemu/module.h"
+#include "qemu/units.h"
+#include "monitor/hmp.h"
+#include "monitor/monitor.h"
+#include "qom/object_interfaces.h"
+#include "system/kvm.h"
+#include "system/private-memory.h"
+#include "trace.h"
+
+/* Cells of the picture in query-private-memory. */
+#define PICTURE_WIDTH 64
+
+/* Made once, before vCPUs run, and kept until QEMU ends. */
+static struct privmem_vm *privmem_vm;
+static bool privmem_emulated;
+static int kvm_vm_fd = -1;
+
+void private_memory_set_kvm_vm(int vm_fd)
+{
+    kvm_vm_fd = vm_fd;
+}
+
+bool private_memory_enabled(void)
+{
+    return privmem_vm && !privmem_emulated;
+}
+
+/*
+ * Without KVM no memory slots tell where the guest sees a region: the memory
+ * listener does.
+ */
+static void emulated_region_add(MemoryListener *listener,
+                                MemoryRegionSection *section)
+{
+    MemoryRegion *mr = section->mr;
+    hwaddr gpa = section->offset_within_address_space;
+
+    if (memory_region_is_private_capable(mr) &&
+        privmem_vm_bind(privmem_vm, mr->ram_block->privmem,
+                        section->offset_within_region, gpa,
+                        int128_get64(section->size))) {
+        /* A second view of RAM, such as SMRAM: conversions use the first. */
+        trace_private_memory_unbound(gpa, privmem_last_error());
+    }
+}
+
+static void emulated_region_del(MemoryListener *listener,
+                                MemoryRegionSection *section)
+{
+    if (memory_region_is_private_capable(section->mr)) {
+        /* Fails only for what emulated_region_add() could not bind. */
+        privmem_vm_unbind(privmem_vm, section->offset_within_address_space,
+                          int128_get64(section->size));
+    }
+}
+
+static MemoryListener emulated_listener = {
+    .name = "private-memory",
+    .region_add = emulated_region_add,
+    .region_del = emulated_region_del,
+};
+
+struct privmem_vm *private_memory_vm(bool emulate, Error **errp)
+{
+    int ret;
+
+    if (privmem_vm) {
+        return privmem_vm;
+    }
+    ret = emulate ? privmem_vm_new_emulated(&privmem_vm)
+                  : privmem_vm_new_kvm(kvm_vm_fd, &privmem_vm);
+    if (ret) {
+        error_setg(errp, "%s; start the VM with -object "
+                   TYPE_SW_PROTECTED_GUEST ",id=cgs0 and -machine "
+                   "confidential-guest-support=cgs0", privmem_last_error());
+        return NULL;
+    }
+    privmem_emulated = emulate;
+    if (emulate) {
+        memory_listener_register(&emulated_listener, &address_space_memory);
+    }
+    return privmem_vm;
+}
+
+int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
+                            hwaddr size)
+{
+    if (privmem_vm_bind(privmem_vm, block->privmem, offset, gpa, size)) {
+        warn_report("%s at 0x%" HWADDR_PRIx " stays shared: %s", block->idstr,
+                    gpa, privmem_last_error());
+        return -1;
+    }
+    return privmem_region_private_fd(block->privmem);
+}
+
+void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size)
+{
+    if (privmem_vm_unbind(privmem_vm, gpa, size)) {
+        warn_report("%s at 0x%" HWADDR_PRIx ": %s", block->idstr, gpa,
+                    privmem_last_error());
+    }
+}
+
+/* Code that was translated from the other side must not run any more. */
+static void invalidate_code(hwaddr gpa, uint64_t size)
+{
+    hwaddr end = gpa + size;
+
+    while (gpa < end) {
+        MemoryRegionSection section = memory_region_find(get_system_memory(),
+                                                         gpa, end - gpa);
+        if (!section.mr) {
+            return;
+        }
+        if (memory_region_is_private_capable(section.mr)) {
+            memory_region_invalidate_code(section.mr,
+                                          section.offset_within_region,
+                                          int128_get64(section.size));
+        }
+        gpa = section.offset_within_address_space + int128_get64(section.size);
+        memory_region_unref(section.mr);
+    }
+}
+
+int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
+                           Error **errp)
+{
+    int ret = privmem_vm_convert(privmem_vm, gpa, size, to_private);
+
+    trace_private_memory_convert(gpa, size, to_private, ret);
+    if (ret) {
+        error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s: %s",
+                   gpa, size, to_private ? "private" : "shared",
+                   privmem_last_error());
+    } else if (privmem_emulated) {
+        invalidate_code(gpa, size);
+    }
+    return ret;
+}
+
+uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
+                                  bool to_private)
+{
+    uint64_t size;
+
+    if (umul64_overflow(pages, 4 * KiB, &size)) {
+        return -EINVAL;
+    }
+    return private_memory_convert(gpa, size, to_private, NULL);
+}
+
+int private_memory_fault(hwaddr gpa, uint64_t size)
+{
+    int ret = privmem_vm_memory_fault(privmem_vm, gpa, size);
+
+    trace_private_memory_fault(gpa, size, ret);
+    if (ret) {
+        error_report("the guest touched memory at 0x%" HWADDR_PRIx " that KVM "
+                     "cannot provide: %s", gpa, privmem_last_error());
+    }
+    return ret;
+}
+
+bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
+                                      hwaddr *len)
+{
+    return privmem_region_host_access(block->privmem, offset, len);
+}
+
+bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp)
+{
+    hwaddr end = gpa + size;
+
+    while (private_memory_enabled() && gpa < end) {
+        MemoryRegionSection section = memory_region_find(get_system_memory(),
+                                                         gpa, end - gpa);
+        hwaddr len = int128_get64(section.size);
+        bool reachable;
+
+        if (!section.mr) {
+            break;
+        }
+        gpa = section.offset_within_address_space;
+        reachable = private_memory_host_access(section.mr,
+                                               section.offset_within_region,
+                                               &len);
+        memory_region_unref(section.mr);
+        if (!reachable) {
+            error_setg(errp, "guest-physical memory at 0x%" HWADDR_PRIx " is "
+                       "private: the host cannot read it; 'info "
+                       "private-memory' shows what is shared", gpa);
+            return false;
+        }
+        gpa += len;
+    }
+    return true;
+}
+
+/* QMP and HMP */
+
+void qmp_x_private_memory_convert(uint64_t address, uint64_t size,
+                                  bool private, Error **errp)
+{
+    if (!privmem_vm) {
+        error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE
+                   " in this VM; add one with -object");
+        return;
+    }
+    private_memory_convert(address, size, private, errp);
+}
+
+static PrivateMemorySlotList *query_slots(struct privmem_region *region)
+{
+    PrivateMemorySlotList *list = NULL, **tail = &list;
+    struct privmem_binding binding;
+
+    for (size_t i = 0; !privmem_region_binding(region, i, &binding); i++) {
+        PrivateMemorySlot *slot = g_new0(PrivateMemorySlot, 1);
+
+        slot->address = binding.gpa;
+        slot->size = binding.size;
+        slot->offset = binding.offset;
+        QAPI_LIST_APPEND(tail, slot);
+    }
+    return list;
+}
+
+static PrivateMemoryInfo *query_region(Object *obj,
+                                       struct privmem_region *region)
+{
+    PrivateMemoryInfo *info = g_new0(PrivateMemoryInfo, 1);
+    char picture[PICTURE_WIDTH + 1] = "";
+    struct privmem_info now;
+
+    /* Fails only for NULL. */
+    privmem_region_info(region, &now, sizeof(now));
+    privmem_region_picture(region, picture, sizeof(picture));
+
+    info->id = g_strdup(object_get_canonical_path_component(obj));
+    info->agent = privmem_emulated ? PRIVATE_MEMORY_AGENT_EMULATED
+                                   : PRIVATE_MEMORY_AGENT_SW_PROTECTED;
+    info->size = now.size;
+    info->granule = now.granule;
+    info->q_private = now.private_bytes;
+    info->shared = now.shared_bytes;
+    info->has_private_held = now.private_held != PRIVMEM_UNKNOWN;
+    info->private_held = now.private_held;
+    info->has_shared_held = now.shared_held != PRIVMEM_UNKNOWN;
+    info->shared_held = now.shared_held;
+    info->has_held_twice = now.held_twice != PRIVMEM_UNKNOWN;
+    info->held_twice = now.held_twice;
+    info->conversions = now.conversions;
+    info->failed_conversions = now.failed_conversions;
+    info->private_fd = privmem_region_private_fd(region);
+    info->shared_fd = privmem_region_shared_fd(region);
+    info->slots = query_slots(region);
+    info->picture = g_strdup(picture);
+    return info;
+}
+
+static int query_object(Object *obj, void *opaque)
+{
+    PrivateMemoryInfoList ***tail = opaque;
+    MemoryRegion *mr;
+
+    if (object_dynamic_cast(obj, TYPE_MEMORY_BACKEND_PRIVATE)) {
+        mr = host_memory_backend_get_memory(MEMORY_BACKEND(obj));
+        QAPI_LIST_APPEND(*tail, query_region(obj, mr->ram_block->privmem));
+    }
+    return 0;
+}
+
+PrivateMemoryInfoList *qmp_query_private_memory(Error **errp)
+{
+    PrivateMemoryInfoList *list = NULL, **tail = &list;
+
+    object_child_foreach(object_get_objects_root(), query_object, &tail);
+    return list;
+}
+
+static void print_bytes(Monitor *mon, const char *what, bool known,
+                        uint64_t bytes)
+{
+    g_autofree char *text = known ? size_to_str(bytes) : g_strdup("unknown");
+
+    monitor_printf(mon, "  %-18s %s\n", what, text);
+}
+
+static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
+{
+    g_autoptr(PrivateMemoryInfoList) list = qmp_query_private_memory(NULL);
+
+    if (!list) {
+        monitor_printf(mon, "No " TYPE_MEMORY_BACKEND_PRIVATE "\n");
+    }
+    for (PrivateMemoryInfoList *item = list; item; item = item->next) {
+        PrivateMemoryInfo *info = item->value;
+
+        monitor_printf(mon, "%s (%s%s)\n", info->id,
+                       PrivateMemoryAgent_str(info->agent),
+                       info->agent == PRIVATE_MEMORY_AGENT_EMULATED ?
+                       ", protects nothing" : "");
+        monitor_printf(mon, "  [%s]  # private  . shared  + both\n",
+                       info->picture);
+        print_bytes(mon, "size", true, info->size);
+        print_bytes(mon, "private", true, info->q_private);
+        print_bytes(mon, "shared", true, info->shared);
+        print_bytes(mon, "private held", info->has_private_held,
+                    info->private_held);
+        print_bytes(mon, "shared held", info->has_shared_held,
+                    info->shared_held);
+        print_bytes(mon, "held twice", info->has_held_twice,
+                    info->held_twice);
+        monitor_printf(mon, "  %-18s %" PRIu64 " done, %" PRIu64 " failed\n",
+                       "conversions", info->conversions,
+                       info->failed_conversions);
+    }
+}
+
+static void register_hmp(void)
+{
+    monitor_register_hmp("private-memory", true, hmp_info_private_memory);
+}
+
+type_init(register_hmp);

@@ -1,0 +1,469 @@
+/*
+ * memory-backend-private with the emulated trust agent
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <sys/resource.h>
+#include "libqtest.h"
+#include "qobject/qdict.h"
+#include "qobject/qlist.h"
+#include "qemu/units.h"
+
+#define PAGE (4 * KiB)
+#define RAM_SIZE (64 * MiB)
+
+/*
+ * Stands in for the firmware, which these tests do not need: QEMU wants some
+ * file. Real-mode code that calls, forever, a routine at 0x8000 that counts at
+ * 0x500; it also puts a routine that counts at 0x504 at 0x9000.
+ */
+static const uint8_t firmware[] = {
+    0xfa,                               /* cli */
+    0x31, 0xc0,                         /* xor ax, ax */
+    0x8e, 0xd8,                         /* mov ds, ax */
+    0x8e, 0xd0,                         /* mov ss, ax */
+    0xbc, 0x00, 0x70,                   /* mov sp, 0x7000 */
+    0xbb, 0x00, 0x06,                   /* mov bx, 0x600 */
+    0x31, 0xf6,                         /* xor si, si */
+    0xc7, 0x06, 0x00, 0x80, 0xff, 0x06, /* 0x8000: inc word [0x500] */
+    0xc7, 0x06, 0x02, 0x80, 0x00, 0x05,
+    0xc6, 0x06, 0x04, 0x80, 0xcb,       /*         retf */
+    0xc7, 0x06, 0x00, 0x90, 0xff, 0x06, /* 0x9000: inc word [0x504] */
+    0xc7, 0x06, 0x02, 0x90, 0x04, 0x05,
+    0xc6, 0x06, 0x04, 0x90, 0xcb,       /*         retf */
+    0x9a, 0x00, 0x80, 0x00, 0x00,       /* again: call 0:0x8000 */
+    0xeb, 0xf9,                         /* jmp again */
+};
+static const uint8_t reset_vector[] = { 0xea, 0x00, 0x00, 0x00, 0xf0 };
+
+static char *firmware_file;
+
+static void write_firmware(void)
+{
+    g_autofree uint8_t *image = g_malloc0(64 * KiB);
+    int fd = g_file_open_tmp("private-memory-XXXXXX", &firmware_file, NULL);
+
+    memcpy(image, firmware, sizeof(firmware));
+    memcpy(image + 64 * KiB - 16, reset_vector, sizeof(reset_vector));
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(write(fd, image, 64 * KiB), ==, 64 * KiB);
+    close(fd);
+}
+
+static QTestState *start_with(const char *more)
+{
+    return qtest_initf("-M q35 -nodefaults -bios %s -m 64M %s",
+                       firmware_file, more);
+}
+
+static QTestState *start(void)
+{
+    return start_with("-machine memory-backend=ram0 "
+                      "-object memory-backend-private,id=ram0,size=64M,"
+                      "emulate=on");
+}
+
+/* An error whose text has all of the words that follow, up to NULL. */
+static void assert_error(QDict *response, ...)
+{
+    QDict *error = qdict_get_qdict(response, "error");
+    const char *desc, *word;
+    va_list words;
+
+    g_assert_nonnull(error);
+    desc = qdict_get_str(error, "desc");
+    va_start(words, response);
+    while ((word = va_arg(words, const char *))) {
+        if (!strstr(desc, word)) {
+            g_error("no '%s' in: %s", word, desc);
+        }
+    }
+    va_end(words);
+    qobject_unref(response);
+}
+
+static QDict *convert(QTestState *qts, uint64_t address, uint64_t size,
+                      bool private)
+{
+    return qtest_qmp(qts, "{ 'execute': 'x-private-memory-convert', "
+                     "'arguments': { 'address': %" PRIu64 ", 'size': %" PRIu64
+                     ", 'private': %i } }", address, size, private);
+}
+
+static void convert_ok(QTestState *qts, uint64_t address, uint64_t size,
+                       bool private)
+{
+    QDict *response = convert(qts, address, size, private);
+
+    g_assert_true(qdict_haskey(response, "return"));
+    qobject_unref(response);
+}
+
+static QDict *query(QTestState *qts, const char *id)
+{
+    QDict *response = qtest_qmp(qts, "{ 'execute': 'query-private-memory' }");
+    QListEntry *entry;
+    QDict *info, *found = NULL;
+
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(response, "return"), entry) {
+        info = qobject_to(QDict, qlist_entry_obj(entry));
+        if (!strcmp(qdict_get_str(info, "id"), id)) {
+            found = qobject_ref(info);
+        }
+    }
+    qobject_unref(response);
+    return found;
+}
+
+static void assert_figure(QTestState *qts, const char *id, const char *name,
+                          int64_t value)
+{
+    QDict *info = query(qts, id);
+
+    g_assert_nonnull(info);
+    g_assert_cmpint(qdict_get_int(info, name), ==, value);
+    qobject_unref(info);
+}
+
+static void assert_page(QTestState *qts, uint64_t address, uint8_t value)
+{
+    g_autofree uint8_t *page = g_malloc(PAGE);
+
+    qtest_memread(qts, address, page, PAGE);
+    for (int i = 0; i < PAGE; i++) {
+        g_assert_cmpint(page[i], ==, value);
+    }
+}
+
+static void test_convert(void)
+{
+    QTestState *qts = start();
+    QDict *info;
+
+    qtest_memset(qts, 1 * MiB, 0x5a, 8 * PAGE);
+    convert_ok(qts, 1 * MiB + 2 * PAGE, 3 * PAGE, true);
+    assert_page(qts, 1 * MiB + 1 * PAGE, 0x5a);
+    assert_page(qts, 1 * MiB + 2 * PAGE, 0);
+    assert_page(qts, 1 * MiB + 4 * PAGE, 0);
+    assert_page(qts, 1 * MiB + 5 * PAGE, 0x5a);
+    assert_figure(qts, "ram0", "private", 3 * PAGE);
+    assert_figure(qts, "ram0", "shared", RAM_SIZE - 3 * PAGE);
+
+    qtest_memset(qts, 1 * MiB + 2 * PAGE, 0xa5, 3 * PAGE);
+    assert_page(qts, 1 * MiB + 3 * PAGE, 0xa5);
+    convert_ok(qts, 1 * MiB + 3 * PAGE, PAGE, false);
+    assert_page(qts, 1 * MiB + 2 * PAGE, 0xa5);
+    assert_page(qts, 1 * MiB + 3 * PAGE, 0);
+    assert_page(qts, 1 * MiB + 4 * PAGE, 0xa5);
+
+    /* What is on its side already keeps its contents. */
+    convert_ok(qts, 1 * MiB + 2 * PAGE, 3 * PAGE, true);
+    assert_page(qts, 1 * MiB + 2 * PAGE, 0xa5);
+
+    info = query(qts, "ram0");
+    g_assert_cmpstr(qdict_get_str(info, "agent"), ==, "emulated");
+    g_assert_cmpint(qdict_get_int(info, "conversions"), ==, 3);
+    g_assert_cmpint(qdict_get_int(info, "failed-conversions"), ==, 0);
+    g_assert_cmpint(strlen(qdict_get_str(info, "picture")), ==, 64);
+    g_assert_cmpint(qdict_get_str(info, "picture")[1], ==, '+');
+    qobject_unref(info);
+    qtest_quit(qts);
+}
+
+static void test_held(void)
+{
+    QTestState *qts = start();
+    QDict *info = query(qts, "ram0");
+    bool known = qdict_haskey(info, "held-twice");
+
+    qobject_unref(info);
+    if (known) {
+        qtest_memset(qts, 2 * MiB, 1, 16 * PAGE);
+        assert_figure(qts, "ram0", "shared-held", 16 * PAGE);
+        convert_ok(qts, 2 * MiB, 16 * PAGE, true);
+        assert_figure(qts, "ram0", "shared-held", 0);
+        qtest_memset(qts, 2 * MiB, 1, 4 * PAGE);
+        assert_figure(qts, "ram0", "private-held", 4 * PAGE);
+        assert_figure(qts, "ram0", "held-twice", 0);
+    } else {
+        g_test_skip("this kernel has no cachestat(2)");
+    }
+    qtest_quit(qts);
+}
+
+static void test_bad_conversions(void)
+{
+    static const struct {
+        uint64_t address, size;
+        const char *word;
+        bool shared_is_no_op;
+    } requests[] = {
+        { 1 * MiB + 1, PAGE, "multiple of the granule", false },
+        { 1 * MiB, PAGE - 1, "multiple of the granule", false },
+        { 1 * MiB, 0, "empty", false },
+        { UINT64_MAX - PAGE + 1, PAGE, "beyond the 64-bit", false },
+        { PAGE, UINT64_MAX - PAGE + 1, "beyond the 64-bit", false },
+        { RAM_SIZE, PAGE, "0x4000000 cannot be private", true },
+        { RAM_SIZE - PAGE, 2 * PAGE, "0x4000000 cannot be private", true },
+        { 1ull << 60, PAGE, "cannot be private", true },
+        { 0xffff0000, PAGE, "ROM", true },
+        { 0xfee00000, PAGE, "MMIO", true },
+    };
+    QTestState *qts = start();
+
+    qtest_memset(qts, RAM_SIZE - PAGE, 0x77, PAGE);
+    for (int i = 0; i < ARRAY_SIZE(requests); i++) {
+        uint64_t address = requests[i].address, size = requests[i].size;
+
+        assert_error(convert(qts, address, size, true), requests[i].word,
+                     NULL);
+        if (requests[i].shared_is_no_op) {
+            convert_ok(qts, address, size, false);
+        } else {
+            assert_error(convert(qts, address, size, false),
+                         requests[i].word, NULL);
+        }
+    }
+    assert_page(qts, RAM_SIZE - PAGE, 0x77);
+    assert_figure(qts, "ram0", "private", 0);
+    assert_figure(qts, "ram0", "failed-conversions", 1);
+    qtest_quit(qts);
+}
+
+static QDict *add(QTestState *qts, const char *properties)
+{
+    g_autofree char *command = g_strdup_printf(
+        "{ 'execute': 'object-add', 'arguments': "
+        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s } }",
+        properties);
+
+    return qtest_qmp(qts, command);
+}
+
+static void test_bad_objects(void)
+{
+    QTestState *qts = start();
+
+    assert_error(add(qts, "'emulate': true, 'size': 0"), "'size'",
+                 "memory-backend-private", NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 5000"), "'m'", "'size'",
+                 "multiple of the host page size", NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 4096, 'share': false"),
+                 "'m'", "'share'", "leave the property out", NULL);
+    assert_error(add(qts, "'size': 4096"), "'m'", "emulate=on", "-accel kvm",
+                 NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 1152921504606846976"),
+                 "'m'", "'size'", "smaller", NULL);
+    g_assert_null(query(qts, "m"));
+    qtest_quit(qts);
+}
+
+static void test_object_add_del(void)
+{
+    QTestState *qts = start();
+    QDict *response;
+
+    assert_error(qtest_qmp(qts, "{ 'execute': 'object-del', "
+                           "'arguments': { 'id': 'ram0' } }"), "in use", NULL);
+    for (int i = 0; i < 3; i++) {
+        response = add(qts, "'emulate': true, 'size': 1048576");
+        g_assert_true(qdict_haskey(response, "return"));
+        qobject_unref(response);
+        assert_figure(qts, "m", "size", 1 * MiB);
+        qtest_qmp_assert_success(qts, "{ 'execute': 'object-del', "
+                                 "'arguments': { 'id': 'm' } }");
+        g_assert_null(query(qts, "m"));
+    }
+    qtest_quit(qts);
+}
+
+static bool is_open(QTestState *qts, int fd)
+{
+    g_autofree char *path = g_strdup_printf("/proc/%d/fd/%d", qtest_pid(qts),
+                                            fd);
+
+    return g_file_test(path, G_FILE_TEST_IS_SYMLINK);
+}
+
+/* The limit of open files that leaves @free more of them. */
+static int limit_with_free(QTestState *qts, int free)
+{
+    int fd = 0;
+
+    while (is_open(qts, fd) || free-- > 0) {
+        fd++;
+    }
+    return fd;
+}
+
+/* Each of the three fds that an object needs may be the one too many. */
+static void test_fd_limit(void)
+{
+    QTestState *qts = start();
+    int pid = qtest_pid(qts);
+    int before = limit_with_free(qts, 8);
+    struct rlimit old, few;
+    QDict *response;
+
+    g_assert_cmpint(prlimit(pid, RLIMIT_NOFILE, NULL, &old), ==, 0);
+    for (int free = 0; free < 3; free++) {
+        few = (struct rlimit) { limit_with_free(qts, free), old.rlim_max };
+        g_assert_cmpint(prlimit(pid, RLIMIT_NOFILE, &few, NULL), ==, 0);
+        assert_error(add(qts, "'emulate': true, 'size': 4096"), "'m'",
+                     "RLIMIT_NOFILE", NULL);
+        /* None leaked. */
+        g_assert_cmpint(limit_with_free(qts, 8), ==, before);
+    }
+    g_assert_cmpint(prlimit(pid, RLIMIT_NOFILE, &old, NULL), ==, 0);
+    response = add(qts, "'emulate': true, 'size': 4096");
+    g_assert_true(qdict_haskey(response, "return"));
+    qobject_unref(response);
+    qtest_quit(qts);
+}
+
+/* One request over two backends, refused where a third is ordinary RAM. */
+static void test_numa(void)
+{
+    QTestState *qts = start_with(
+        "-smp 3 "
+        "-object memory-backend-private,id=a,size=16M,emulate=on "
+        "-object memory-backend-private,id=b,size=16M,emulate=on "
+        "-object memory-backend-ram,id=c,size=32M "
+        "-numa node,memdev=a -numa node,memdev=b -numa node,memdev=c");
+
+    qtest_memset(qts, 16 * MiB - PAGE, 0x11, 2 * PAGE);
+    convert_ok(qts, 16 * MiB - PAGE, 2 * PAGE, true);
+    assert_page(qts, 16 * MiB - PAGE, 0);
+    assert_page(qts, 16 * MiB, 0);
+    assert_figure(qts, "a", "private", PAGE);
+    assert_figure(qts, "b", "private", PAGE);
+    assert_error(convert(qts, 32 * MiB - PAGE, 2 * PAGE, true),
+                 "0x2000000 cannot be private", NULL);
+    assert_figure(qts, "b", "private", PAGE);
+    qtest_quit(qts);
+}
+
+static void test_hmp(void)
+{
+    QTestState *qts = start();
+    char *text;
+
+    convert_ok(qts, 0x100000, PAGE, true);
+    text = qtest_hmp(qts, "info private-memory");
+    g_assert_nonnull(strstr(text, "ram0 (emulated, protects nothing)"));
+    g_assert_nonnull(strstr(text, "[.+"));
+    g_assert_nonnull(strstr(text, "1 done, 0 failed"));
+    g_free(text);
+    qtest_quit(qts);
+}
+
+static void test_migration_is_blocked(void)
+{
+    QTestState *qts = start();
+
+    assert_error(qtest_qmp(qts, "{ 'execute': 'migrate', 'arguments': "
+                           "{ 'uri': 'exec:cat > /dev/null' } }"),
+                 "ram0", "cannot be migrated", NULL);
+    qtest_quit(qts);
+}
+
+/* QEMU ends at once, with a message that has @words. */
+static void assert_no_start(const char *options, const char *const *words)
+{
+    g_autofree char *command = g_strdup_printf(
+        "%s -M q35 -nodefaults -display none -accel qtest -m 64M -bios %s %s",
+        g_getenv("QTEST_QEMU_BINARY"), firmware_file, options);
+    g_autofree char *text = NULL;
+    int status;
+
+    g_assert_true(g_spawn_command_line_sync(command, NULL, &text, &status,
+                                            NULL));
+    g_assert_true(WIFEXITED(status));
+    g_assert_cmpint(WEXITSTATUS(status), ==, 1);
+    for (; *words; words++) {
+        if (!strstr(text, *words)) {
+            g_error("no '%s' in: %s", *words, text);
+        }
+    }
+}
+
+static void test_bad_command_lines(void)
+{
+    assert_no_start("-object sw-protected-guest,id=cgs0 "
+                    "-machine confidential-guest-support=cgs0,"
+                    "memory-backend=ram0 -object "
+                    "memory-backend-private,id=ram0,size=64M,emulate=on",
+                    (const char *[]) { "'ram0'", "'emulate'",
+                                       "confidential guest", "leave", NULL });
+    assert_no_start("-smp 2 -object "
+                    "memory-backend-private,id=ram0,size=32M,emulate=on "
+                    "-numa node,memdev=ram0 -numa node,memdev=ram0",
+                    (const char *[]) { "ram0", "multiple times", NULL });
+}
+
+static uint16_t wait_for_change(QTestState *qts, uint64_t address,
+                                uint16_t from)
+{
+    /* The deadline only ends a test that has failed. */
+    gint64 deadline = g_get_monotonic_time() + 60 * G_TIME_SPAN_SECOND;
+    uint16_t now;
+
+    do {
+        now = qtest_readw(qts, address);
+        g_assert_cmpint(g_get_monotonic_time(), <, deadline);
+    } while (now == from);
+    return now;
+}
+
+/*
+ * The page of the routine at 0x8000 becomes private: zeroes, which do nothing
+ * and lead to the routine at 0x9000. Code translated before must not run.
+ */
+static void test_translated_code(void)
+{
+    QTestState *qts;
+    uint16_t count;
+
+    if (!qtest_has_accel("tcg")) {
+        g_test_skip("this QEMU has no TCG");
+        return;
+    }
+    qts = start_with("-accel tcg -machine memory-backend=ram0 -object "
+                     "memory-backend-private,id=ram0,size=64M,emulate=on");
+    wait_for_change(qts, 0x500, 0);
+    g_assert_cmpint(qtest_readw(qts, 0x504), ==, 0);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'stop' }");
+    count = qtest_readw(qts, 0x500);
+    convert_ok(qts, 0x8000, PAGE, true);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'cont' }");
+    wait_for_change(qts, 0x504, 0);
+    /* A call that had begun may end as it began. */
+    g_assert_cmpint((uint16_t)(qtest_readw(qts, 0x500) - count), <=, 1);
+    qtest_quit(qts);
+}
+
+int main(int argc, char **argv)
+{
+    int ret;
+
+    g_test_init(&argc, &argv, NULL);
+    write_firmware();
+    qtest_add_func("/private-memory/convert", test_convert);
+    qtest_add_func("/private-memory/held", test_held);
+    qtest_add_func("/private-memory/bad-conversions", test_bad_conversions);
+    qtest_add_func("/private-memory/bad-objects", test_bad_objects);
+    qtest_add_func("/private-memory/object-add-del", test_object_add_del);
+    qtest_add_func("/private-memory/fd-limit", test_fd_limit);
+    qtest_add_func("/private-memory/numa", test_numa);
+    qtest_add_func("/private-memory/hmp", test_hmp);
+    qtest_add_func("/private-memory/migration", test_migration_is_blocked);
+    qtest_add_func("/private-memory/bad-command-lines",
+                   test_bad_command_lines);
+    qtest_add_func("/private-memory/translated-code", test_translated_code);
+    ret = g_test_run();
+    unlink(firmware_file);
+    g_free(firmware_file);
+    return ret;
+}
