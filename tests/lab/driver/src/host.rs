@@ -1,0 +1,226 @@
+//! What the driver does to and asks of the kernel it runs on: mounts, power, shells, KVM.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use base64::Engine;
+use nix::libc;
+use nix::mount::{MsFlags, mount};
+use nix::sys::{reboot, termios};
+
+pub fn mount_all() -> Result<()> {
+    for (kind, at) in [
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("devtmpfs", "/dev"),
+        ("tmpfs", "/tmp"),
+    ] {
+        fs::create_dir_all(at)?;
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mounting {kind} on {at}"))?;
+    }
+    Ok(())
+}
+
+/// Ends the machine, after the console has sent what was printed.
+pub fn power_off() -> ! {
+    let _ = termios::tcdrain(std::io::stdout());
+    let _ = reboot::reboot(reboot::RebootMode::RB_POWER_OFF);
+    // Without ACPI: the machine is run with -no-reboot.
+    let _ = reboot::reboot(reboot::RebootMode::RB_AUTOBOOT);
+    panic!("the machine can be neither powered off nor reset");
+}
+
+pub fn kernel() -> String {
+    match nix::sys::utsname::uname() {
+        Ok(name) => name.release().to_string_lossy().into_owned(),
+        Err(e) => format!("unknown ({e})"),
+    }
+}
+
+fn shell() -> Command {
+    if Path::new("/bin/busybox").exists() {
+        let _ = Command::new("/bin/busybox")
+            .args(["--install", "-s", "/bin"])
+            .status();
+    }
+    let mut shell = Command::new("/bin/sh");
+    shell
+        .env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
+        .env("HOME", "/")
+        .env("TERM", "linux");
+    shell
+}
+
+/// Runs a base64-coded shell command and gives its exit status (128 + signal when killed).
+pub fn run_command(coded: &str) -> Result<i32> {
+    use std::os::unix::process::ExitStatusExt;
+    let text = base64::engine::general_purpose::STANDARD
+        .decode(coded)
+        .context("lab.cmd is not base64")?;
+    let text = String::from_utf8(text).context("lab.cmd is not UTF-8")?;
+    let status = shell().args(["-c", &text]).status().context("/bin/sh")?;
+    Ok(status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+}
+
+/// A login-like shell: own session, the console as its controlling terminal.
+pub fn run_shell() -> Result<()> {
+    let active = fs::read_to_string("/sys/class/tty/console/active")?;
+    let name = active.split_whitespace().last().context("no console")?;
+    let tty = File::options()
+        .read(true)
+        .write(true)
+        .open(Path::new("/dev").join(name))?;
+    let mut shell = shell();
+    shell
+        .arg("-i")
+        .stdin(Stdio::from(tty.try_clone()?))
+        .stdout(Stdio::from(tty.try_clone()?))
+        .stderr(Stdio::from(tty));
+    // SAFETY: between fork and exec only async-signal-safe calls are made.
+    unsafe {
+        shell.pre_exec(|| {
+            nix::unistd::setsid()?;
+            if libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    shell.status().context("/bin/sh")?;
+    Ok(())
+}
+
+/// The plain Linux guest: say who we are, use some memory, power off.
+pub fn be_linux_guest() -> Result<()> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let total = meminfo.lines().next().unwrap_or("MemTotal: unknown");
+    println!("guest-linux {} {total}", kernel());
+    let words: Vec<usize> = (0..8 << 20)
+        .map(|i: usize| i.wrapping_mul(0x9e37_79b9))
+        .collect();
+    let words = std::hint::black_box(words);
+    let wrong = words
+        .iter()
+        .enumerate()
+        .filter(|(i, word)| **word != i.wrapping_mul(0x9e37_79b9))
+        .count();
+    ensure!(
+        wrong == 0,
+        "{wrong} words of 64 MiB do not hold what was written"
+    );
+    println!("guest-linux ok");
+    Ok(())
+}
+
+/// What /dev/kvm says it can do (0 where it does not know the capability).
+pub struct Kvm {
+    pub vm_types: i32,
+    pub attributes: i32,
+    pub guest_memfd: i32,
+    pub user_memory2: i32,
+}
+
+nix::ioctl_write_int_bad!(kvm_check_extension, 0xae03);
+
+impl Kvm {
+    pub fn probe() -> Result<Kvm> {
+        let kvm = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .context("/dev/kvm")?;
+        let check = |capability| {
+            // SAFETY: KVM_CHECK_EXTENSION takes a number and touches none of our memory.
+            unsafe { kvm_check_extension(kvm.as_raw_fd(), capability) }
+                .context("KVM_CHECK_EXTENSION")
+        };
+        Ok(Kvm {
+            vm_types: check(235)?,
+            attributes: check(233)?,
+            guest_memfd: check(234)?,
+            user_memory2: check(231)?,
+        })
+    }
+
+    /// VM type 1, the attribute "private", guest_memfd and slots that take it.
+    pub fn has_private_memory(&self) -> bool {
+        self.vm_types & 2 != 0
+            && self.attributes & 8 != 0
+            && self.guest_memfd != 0
+            && self.user_memory2 != 0
+    }
+}
+
+impl fmt::Display for Kvm {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(
+            f,
+            "KVM capabilities: VM_TYPES={:#x} MEMORY_ATTRIBUTES={:#x} GUEST_MEMFD={} USER_MEMORY2={}",
+            self.vm_types, self.attributes, self.guest_memfd, self.user_memory2
+        )
+    }
+}
+
+/// The numbers of the fds that a process has open.
+pub fn fds_of(pid: u32) -> Result<Vec<u64>> {
+    let mut fds = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        fds.push(entry?.file_name().to_string_lossy().parse()?);
+    }
+    fds.sort();
+    Ok(fds)
+}
+
+/// A resource limit of another process, put back on drop.
+pub struct Limit {
+    pid: libc::pid_t,
+    resource: libc::__rlimit_resource_t,
+    before: libc::rlimit,
+}
+
+impl Limit {
+    pub fn set(pid: u32, resource: libc::__rlimit_resource_t, soft: u64) -> Result<Limit> {
+        let pid = pid as libc::pid_t;
+        let mut before = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the third argument may be null, the fourth is a live rlimit of ours.
+        if unsafe { libc::prlimit(pid, resource, std::ptr::null(), &mut before) } < 0 {
+            bail!("prlimit: {}", std::io::Error::last_os_error());
+        }
+        let limit = Limit {
+            pid,
+            resource,
+            before,
+        };
+        limit.apply(libc::rlimit {
+            rlim_cur: soft,
+            ..before
+        })?;
+        Ok(limit)
+    }
+
+    fn apply(&self, value: libc::rlimit) -> Result<()> {
+        // SAFETY: the third argument is a live rlimit, the fourth may be null.
+        if unsafe { libc::prlimit(self.pid, self.resource, &value, std::ptr::null_mut()) } < 0 {
+            bail!("prlimit: {}", std::io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        // The process may be gone by now; then there is nothing to put back.
+        let _ = self.apply(self.before);
+    }
+}

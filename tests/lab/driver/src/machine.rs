@@ -1,0 +1,467 @@
+//! The inner machine: a QEMU process with a QMP socket and our guest (or Linux) on its serial
+//! line. Owns the process: it is killed when the value goes away.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::Lab;
+use crate::qmp::{DEADLINE, Qmp};
+
+pub const PAGE: u64 = 4096;
+pub const OUR_GUEST: &str = "-bios /guest/guest.bin";
+/// The usual private machine, all its memory in one object `ram0`.
+pub const PRIVATE: &str = "-m 256M -object sw-protected-guest,id=cgs0 \
+    -object memory-backend-private,id=ram0,size=256M \
+    -machine q35,smm=off,confidential-guest-support=cgs0,memory-backend=ram0";
+
+/// A QEMU command line in the making.
+pub struct Launch {
+    qemu: PathBuf,
+    args: Vec<String>,
+}
+
+impl Launch {
+    /// Everything but the machine, its memory, its accelerator and its guest.
+    pub fn bare(lab: &Lab) -> Launch {
+        let qemu = format!("/qemu/{}/qemu-system-x86_64", lab.line).into();
+        let launch = Launch {
+            qemu,
+            args: Vec::new(),
+        };
+        launch.with(
+            "-L /firmware -nodefaults -display none -no-reboot -smp 2 \
+             -device isa-debug-exit,iobase=0xf4,iosize=0x04 \
+             -chardev stdio,id=serial0,signal=off -serial chardev:serial0",
+        )
+    }
+
+    pub fn kvm(lab: &Lab) -> Launch {
+        Launch::bare(lab).with("-accel kvm -cpu host")
+    }
+
+    /// Our guest in a machine whose memory is `ram0`.
+    pub fn private(lab: &Lab) -> Launch {
+        Launch::kvm(lab).with(PRIVATE).with(OUR_GUEST)
+    }
+
+    /// Adds arguments, separated by blanks.
+    pub fn with(mut self, args: &str) -> Launch {
+        self.args.extend(args.split_whitespace().map(String::from));
+        self
+    }
+
+    pub fn arg(mut self, arg: &str) -> Launch {
+        self.args.push(arg.into());
+        self
+    }
+
+    pub fn start(self) -> Result<Machine> {
+        match self.launch()? {
+            Launched::Running(machine) => Ok(machine),
+            Launched::Ended(status, stderr) => bail!("QEMU did not start ({status}): {stderr}"),
+        }
+    }
+
+    /// Starts our guest and waits until it takes commands.
+    pub fn start_guest(self) -> Result<Machine> {
+        let mut machine = self.start()?;
+        machine.line("the guest's first line", |line| {
+            line.starts_with("guest ready")
+        })?;
+        Ok(machine)
+    }
+
+    /// QEMU must end by itself with an error; gives what it wrote to stderr.
+    pub fn refused(self) -> Result<String> {
+        match self.launch()? {
+            Launched::Running(_) => bail!("QEMU started although it should have refused"),
+            Launched::Ended(status, stderr) => {
+                ensure!(
+                    status.code() == Some(1),
+                    "QEMU should have ended with status 1, not {status}: {stderr}"
+                );
+                Ok(stderr)
+            }
+        }
+    }
+
+    fn launch(self) -> Result<Launched> {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let socket = PathBuf::from(format!(
+            "/tmp/qmp-{}.sock",
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        ));
+        let launch = self.with(&format!(
+            "-qmp unix:{},server=on,wait=off",
+            socket.display()
+        ));
+        let mut process = Process::spawn(&launch)?;
+        match process.connect(&socket)? {
+            Some(qmp) => Ok(Launched::Running(Machine { process, qmp })),
+            None => Ok(Launched::Ended(process.wait()?, process.stderr())),
+        }
+    }
+}
+
+enum Launched {
+    Running(Machine),
+    Ended(ExitStatus, String),
+}
+
+/// The child process and the threads that read from it.
+struct Process {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+    stderr: Option<JoinHandle<String>>,
+}
+
+impl Process {
+    fn spawn(launch: &Launch) -> Result<Process> {
+        let mut child = Command::new(&launch.qemu)
+            .args(&launch.args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{}", launch.qemu.display()))?;
+        let stdin = child.stdin.take().context("no stdin")?;
+        let stdout = child.stdout.take().context("no stdout")?;
+        let stderr = child.stderr.take().context("no stderr")?;
+        let (sender, lines) = channel();
+        thread::spawn(move || each_line(stdout, |line| drop(sender.send(line))));
+        let stderr = thread::spawn(move || {
+            let mut text = String::new();
+            each_line(stderr, |line| {
+                println!("  qemu: {line}");
+                text.push_str(&line);
+                text.push('\n');
+            });
+            text
+        });
+        Ok(Process {
+            child,
+            stdin,
+            lines,
+            stderr: Some(stderr),
+        })
+    }
+
+    /// None when QEMU ended instead.
+    fn connect(&mut self, path: &Path) -> Result<Option<Qmp>> {
+        let end = Instant::now() + DEADLINE;
+        while self.child.try_wait()?.is_none() {
+            if let Ok(socket) = UnixStream::connect(path) {
+                return match Qmp::new(socket) {
+                    Ok(qmp) => Ok(Some(qmp)),
+                    Err(e) => self.wait().map(|_| None).map_err(|_| e),
+                };
+            }
+            ensure!(
+                Instant::now() < end,
+                "QEMU neither opened its QMP socket nor ended"
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(None)
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus> {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < end, "no end of waiting for QEMU to end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// All of stderr; only once the process has ended.
+    fn stderr(&mut self) -> String {
+        self.stderr
+            .take()
+            .and_then(|thread| thread.join().ok())
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.wait();
+    }
+}
+
+fn each_line(from: impl Read, mut take: impl FnMut(String)) {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    while matches!(from.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+        take(String::from_utf8_lossy(&line).trim_end().to_string());
+        line.clear();
+    }
+}
+
+pub struct Machine {
+    process: Process,
+    pub qmp: Qmp,
+}
+
+impl Machine {
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
+    /// Waits for a line on the serial console.
+    pub fn line(&mut self, awaited: &str, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let end = Instant::now() + DEADLINE;
+        let mut seen = Vec::new();
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.process.lines.recv_timeout(left) {
+                Ok(line) if wanted(&line) => return Ok(line),
+                Ok(line) => {
+                    ensure!(
+                        !line.starts_with("trap "),
+                        "waiting for {awaited}, the guest died: {line}"
+                    );
+                    seen.push(line);
+                }
+                Err(e) => {
+                    let tail = seen.split_off(seen.len().saturating_sub(10)).join(" / ");
+                    bail!("{e}; awaited was {awaited}, last on the serial line: {tail}");
+                }
+            }
+        }
+    }
+
+    /// One command to our guest; gives its reply.
+    pub fn ask(&mut self, command: &str) -> Result<String> {
+        self.send(command)?;
+        self.reply(command)
+    }
+
+    pub fn send(&mut self, command: &str) -> Result<()> {
+        writeln!(self.process.stdin, "{command}")
+            .with_context(|| format!("sending the guest '{command}'"))
+    }
+
+    fn reply(&mut self, command: &str) -> Result<String> {
+        let awaited = format!("the guest's reply to '{command}'");
+        loop {
+            let line = self.line(&awaited, |line| {
+                !line.is_empty() && !line.starts_with("trap ")
+            })?;
+            match line.strip_prefix('#') {
+                Some(remark) => println!("  guest:{remark}"),
+                None => return Ok(line),
+            }
+        }
+    }
+
+    fn ask_ok(&mut self, command: &str) -> Result<()> {
+        let reply = self.ask(command)?;
+        ensure!(
+            reply == "ok",
+            "the guest's reply to '{command}' is: {reply}"
+        );
+        Ok(())
+    }
+
+    pub fn fill(&mut self, addr: u64, pages: u64, seed: u64) -> Result<()> {
+        self.ask_ok(&format!("fill {addr:#x} {pages} {seed}"))
+    }
+
+    pub fn check(&mut self, addr: u64, pages: u64, seed: u64) -> Result<()> {
+        self.ask_ok(&format!("check {addr:#x} {pages} {seed}"))
+    }
+
+    pub fn check_zero(&mut self, addr: u64, pages: u64) -> Result<()> {
+        self.ask_ok(&format!("check {addr:#x} {pages} zero"))
+    }
+
+    /// The guest's own request; gives what the hypercall returned.
+    pub fn hypercall(&mut self, addr: u64, pages: u64, to: Side) -> Result<i64> {
+        let reply = self.ask(&format!("convert {addr:#x} {pages:#x} {}", to.name()))?;
+        let value = reply
+            .strip_prefix("ret ")
+            .with_context(|| format!("odd reply: {reply}"))?;
+        Ok(value.parse()?)
+    }
+
+    /// The guest's own request, which must be granted.
+    pub fn convert(&mut self, addr: u64, pages: u64, to: Side) -> Result<()> {
+        let ret = self.hypercall(addr, pages, to)?;
+        ensure!(
+            ret == 0,
+            "the guest's request to make {pages} pages at {addr:#x} {} returned {ret}",
+            to.name()
+        );
+        Ok(())
+    }
+
+    /// A command whose reply is `NAME key=value ...`.
+    pub fn ask_counts(&mut self, command: &str) -> Result<HashMap<String, u64>> {
+        self.send(command)?;
+        self.counts(command)
+    }
+
+    /// The reply to such a command that was sent before.
+    pub fn counts(&mut self, command: &str) -> Result<HashMap<String, u64>> {
+        let reply = self.reply(command)?;
+        let counts: HashMap<_, _> = reply
+            .split_whitespace()
+            .filter_map(|word| word.split_once('='))
+            .filter_map(|(key, value)| Some((key.to_string(), value.parse().ok()?)))
+            .collect();
+        ensure!(
+            counts.contains_key("conversions"),
+            "the guest's reply to '{command}' is: {reply}"
+        );
+        Ok(counts)
+    }
+
+    /// Ends the guest by its own hand and checks that QEMU ends with its status.
+    pub fn finish(mut self) -> Result<()> {
+        self.send("exit 21")?;
+        let status = self.process.wait()?;
+        ensure!(
+            status.code() == Some(21 << 1 | 1),
+            "QEMU ended with {status} (signal {:?})",
+            status.signal()
+        );
+        Ok(())
+    }
+
+    pub fn private_memory(&mut self) -> Result<Vec<PrivateMemory>> {
+        let answer = self.qmp.call("query-private-memory", json!({}))?;
+        serde_json::from_value(answer.clone())
+            .with_context(|| format!("query-private-memory: {answer}"))
+    }
+
+    pub fn region(&mut self, id: &str) -> Result<PrivateMemory> {
+        let mut all = self.private_memory()?;
+        let at = all.iter().position(|info| info.id == id);
+        Ok(
+            all.swap_remove(
+                at.with_context(|| format!("query-private-memory does not list {id}"))?,
+            ),
+        )
+    }
+
+    /// The operator's request.
+    pub fn operator_convert(&mut self, addr: u64, size: u64, to: Side) -> Result<()> {
+        self.qmp.call(
+            "x-private-memory-convert",
+            convert_arguments(addr, size, to),
+        )?;
+        Ok(())
+    }
+
+    pub fn hmp(&mut self, command: &str) -> Result<String> {
+        let answer = self
+            .qmp
+            .call("human-monitor-command", json!({"command-line": command}))?;
+        Ok(answer.as_str().unwrap_or_default().to_string())
+    }
+
+    /// What the host gets when it saves guest-physical memory: the bytes, or QMP's refusal.
+    pub fn pmemsave(&mut self, addr: u64, size: u64) -> Result<Result<Vec<u8>, String>> {
+        let path = "/tmp/pmemsave";
+        let _ = std::fs::remove_file(path);
+        let answer = self.qmp.execute(
+            "pmemsave",
+            &json!({"val": addr, "size": size, "filename": path}),
+        )?;
+        Ok(match answer {
+            Ok(_) => Ok(std::fs::read(path)?),
+            Err(text) => Err(text),
+        })
+    }
+}
+
+pub fn convert_arguments(addr: u64, size: u64, to: Side) -> Value {
+    json!({"address": addr, "size": size, "private": to == Side::Private})
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Side {
+    Private,
+    Shared,
+}
+
+impl Side {
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::Private => "private",
+            Side::Shared => "shared",
+        }
+    }
+}
+
+/// An element of what query-private-memory returns.
+#[derive(Deserialize, Debug, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub struct PrivateMemory {
+    pub id: String,
+    pub agent: String,
+    pub size: u64,
+    pub granule: u64,
+    pub private: u64,
+    pub shared: u64,
+    pub private_held: Option<u64>,
+    pub shared_held: Option<u64>,
+    pub held_twice: Option<u64>,
+    pub conversions: u64,
+    pub failed_conversions: u64,
+    pub private_fd: i32,
+    pub shared_fd: i32,
+    pub slots: Vec<Slot>,
+    pub picture: String,
+}
+
+#[derive(Deserialize, Debug, PartialEq)]
+pub struct Slot {
+    pub address: u64,
+    pub size: u64,
+    pub offset: u64,
+}
+
+impl PrivateMemory {
+    /// Where in the stores a guest-physical address lies.
+    pub fn offset_of(&self, addr: u64) -> Result<u64> {
+        let slot = self
+            .slots
+            .iter()
+            .find(|s| (s.address..s.address + s.size).contains(&addr));
+        let slot = slot.with_context(|| format!("no slot of {} holds {addr:#x}", self.id))?;
+        Ok(slot.offset + (addr - slot.address))
+    }
+}
+
+/// The bytes that the guest's `fill ADDR .. SEED` leaves in memory.
+pub fn pattern(addr: u64, size: u64, seed: u64) -> Vec<u8> {
+    let word = |at: u64| {
+        let mut x = (at >> 3) ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x ^= x >> 29;
+        x = x.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x ^= x >> 32;
+        x | 1
+    };
+    (addr..addr + size)
+        .step_by(8)
+        .flat_map(|at| word(at).to_le_bytes())
+        .collect()
+}

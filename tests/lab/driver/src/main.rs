@@ -1,0 +1,116 @@
+//! PID 1 of the lab's outer machine. Owns the way from the kernel command line to power off;
+//! what is tested lives in `scenarios` and `demo`, QEMU is handled by `machine` and `qmp`.
+//!
+//! `lab.run=all|demo|NAME,..`  run scenarios (`lab.line=10.2` picks the QEMU)
+//! `lab.cmd=BASE64`            run a shell command
+//! `lab.shell`                 a shell on the console
+//! `lab.role=guest`            be the plain Linux guest
+//!
+//! Results go to the console as lines `@lab {json}`; all other lines are a log for people.
+
+mod demo;
+mod host;
+mod machine;
+mod qmp;
+mod refusals;
+mod scenarios;
+
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+/// What every scenario may know about the place it runs in.
+pub struct Lab {
+    pub line: String,
+    pub kernel: String,
+    pub kvm: host::Kvm,
+}
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("lab-driver is the init process of the lab and does nothing elsewhere");
+        std::process::exit(2);
+    }
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => report(json!({"error": format!("{e:#}")})),
+        Err(_) => report(json!({"error": "the lab driver panicked"})),
+    }
+    host::power_off()
+}
+
+fn run() -> Result<()> {
+    host::mount_all()?;
+    let cmdline = std::fs::read_to_string("/proc/cmdline").context("/proc/cmdline")?;
+    let option = |name: &str| {
+        cmdline
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix("lab.")?.strip_prefix(name))
+            .map(|rest| rest.strip_prefix('=').unwrap_or(rest).to_string())
+    };
+    if option("role").as_deref() == Some("guest") {
+        return host::be_linux_guest();
+    }
+    if let Some(command) = option("cmd") {
+        report(json!({"exit": host::run_command(&command)?}));
+    } else if option("shell").is_some() {
+        host::run_shell()?;
+    } else if let Some(names) = option("run") {
+        run_scenarios(&names, option("line"))?;
+    } else {
+        bail!("no lab.run=, lab.cmd=, lab.shell or lab.role= on the kernel command line");
+    }
+    report(json!({"done": true}));
+    Ok(())
+}
+
+fn run_scenarios(names: &str, line: Option<String>) -> Result<()> {
+    let lab = Lab {
+        line: line.unwrap_or_else(|| "10.2".into()),
+        kernel: host::kernel(),
+        kvm: host::Kvm::probe()?,
+    };
+    println!("kernel {}, {}", lab.kernel, lab.kvm);
+    let known = scenarios::all();
+    for name in names.split(',').filter(|name| *name != "all") {
+        match known.iter().find(|scenario| scenario.name == name) {
+            Some(scenario) => run_scenario(&lab, scenario),
+            None => verdict(name, "failed", "there is no such scenario"),
+        }
+    }
+    if names.split(',').any(|name| name == "all") {
+        known
+            .iter()
+            .for_each(|scenario| run_scenario(&lab, scenario));
+    }
+    Ok(())
+}
+
+fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
+    if scenario.needs_private && !lab.kvm.has_private_memory() {
+        let why = format!("this KVM has no software-protected VMs: {}", lab.kvm);
+        return verdict(scenario.name, "skipped", &why);
+    }
+    match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {
+        Ok(Ok(())) => verdict(scenario.name, "ok", ""),
+        Ok(Err(e)) => verdict(scenario.name, "failed", &format!("{e:#}")),
+        Err(_) => verdict(
+            scenario.name,
+            "failed",
+            "the scenario panicked; see the log",
+        ),
+    }
+}
+
+fn verdict(name: &str, result: &str, why: &str) {
+    report(json!({"test": name, "result": result, "why": why}));
+}
+
+/// One line for the machine that reads the console.
+pub fn report(value: Value) {
+    println!("@lab {value}");
+    // A console that cannot be written to leaves nobody to tell.
+    let _ = std::io::stdout().flush();
+}

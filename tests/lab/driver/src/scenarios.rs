@@ -1,0 +1,751 @@
+//! The lab's tests. A scenario is a function that starts the machines it needs and gives an error
+//! that says what differs; command lines that QEMU must refuse are rows of a table in `refusals`.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::libc;
+use serde_json::{Value, json};
+
+use crate::machine::{
+    Launch, Machine, OUR_GUEST, PAGE, PRIVATE, PrivateMemory, Side, convert_arguments, pattern,
+};
+use crate::qmp::DEADLINE;
+use crate::refusals::{REFUSALS, Refusal};
+use crate::{Lab, demo, host};
+use Side::{Private, Shared};
+
+pub struct Scenario {
+    pub name: &'static str,
+    /// Whether there must be a KVM with software-protected VMs.
+    pub needs_private: bool,
+    test: Test,
+}
+
+type Function = fn(&Lab) -> Result<()>;
+
+enum Test {
+    Function(Function),
+    Refusal(&'static Refusal),
+}
+
+impl Scenario {
+    const fn new(name: &'static str, function: Function) -> Scenario {
+        Scenario {
+            name,
+            needs_private: true,
+            test: Test::Function(function),
+        }
+    }
+
+    /// For any KVM.
+    const fn plain(name: &'static str, function: Function) -> Scenario {
+        Scenario {
+            needs_private: false,
+            ..Scenario::new(name, function)
+        }
+    }
+
+    pub fn run(&self, lab: &Lab) -> Result<()> {
+        match self.test {
+            Test::Function(function) => function(lab),
+            Test::Refusal(refusal) => refusal.check(lab),
+        }
+    }
+}
+
+pub fn all() -> Vec<Scenario> {
+    let refusals = REFUSALS.iter().map(|refusal| Scenario {
+        name: refusal.name,
+        needs_private: true,
+        test: Test::Refusal(refusal),
+    });
+    let mut list = vec![
+        Scenario::plain("capabilities", capabilities),
+        Scenario::plain("ordinary-machine", ordinary_machine),
+        Scenario::new("smm-unspecified", smm_unspecified),
+        Scenario::new("guest-converts", guest_converts),
+        Scenario::new("operator-converts", operator_converts),
+        Scenario::new("accounting", accounting),
+        Scenario::new("pmemsave", pmemsave),
+        Scenario::new("hmp-info", hmp_info),
+        Scenario::new("two-objects-numa", two_objects_numa),
+        Scenario::new("two-vcpus-apart", two_vcpus_apart),
+        Scenario::new("two-vcpus-same-pages", two_vcpus_same_pages),
+        Scenario::new("one-converts-one-touches", one_converts_one_touches),
+        Scenario::new("operator-against-guest", operator_against_guest),
+        Scenario::new("bad-requests-qmp", bad_requests_qmp),
+        Scenario::new("bad-requests-guest", bad_requests_guest),
+        Scenario::new("object-add-del", object_add_del),
+        Scenario::new("object-add-dimm", object_add_dimm),
+        Scenario::new("object-in-use", object_in_use),
+        Scenario::new("fd-limit", fd_limit),
+        Scenario::new("no-memory", no_memory),
+        Scenario::new("object-too-large", object_too_large),
+        Scenario::new("linux-guest", linux_guest),
+    ];
+    list.extend(refusals);
+    list.push(Scenario::new("demo", demo::run));
+    list
+}
+
+/// Where the tests convert: far from the guest's own data, inside every machine's memory.
+const BASE: u64 = 32 << 20;
+const RAM: u64 = 256 << 20;
+const ROM: u64 = 0xffff_0000;
+const ROM_ALIAS: u64 = 0xf_0000;
+const LAPIC: u64 = 0xfee0_0000;
+const HOLE: u64 = 1 << 30;
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Result<()> {
+    ensure!(
+        found == expected,
+        "{what}: expected {expected:?}, found {found:?}"
+    );
+    Ok(())
+}
+
+/// What `region` says is what must be held: nothing twice, private pages all touched.
+fn same_held(info: &PrivateMemory, private_held: u64) -> Result<()> {
+    same("private-held", info.private_held, Some(private_held))?;
+    same("held-twice", info.held_twice, Some(0))
+}
+
+fn capabilities(lab: &Lab) -> Result<()> {
+    ensure!(
+        lab.kvm.has_private_memory(),
+        "the lab's kernel lacks what it is there for: {}",
+        lab.kvm
+    );
+    Ok(())
+}
+
+/// The patched QEMU without any private memory, for comparison: it must work as ever.
+fn ordinary_machine(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::kvm(lab)
+        .with("-m 256M -M q35,smm=off")
+        .with(OUR_GUEST)
+        .start_guest()?;
+    machine.fill(BASE, 4, 7)?;
+    machine.check(BASE, 4, 7)?;
+    machine.check_zero(BASE + 4 * PAGE, 1)?;
+    let ret = machine.hypercall(BASE, 1, Private)?;
+    ensure!(
+        ret < 0,
+        "a machine without private memory granted a conversion ({ret})"
+    );
+    let bytes = machine.pmemsave(BASE, PAGE)?.map_err(anyhow::Error::msg)?;
+    ensure!(
+        bytes == pattern(BASE, PAGE, 7),
+        "pmemsave did not give the guest's pattern"
+    );
+    machine.finish()
+}
+
+/// Without a word on SMM, QEMU leaves it off rather than give what cannot work.
+fn smm_unspecified(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::kvm(lab)
+        .with(&PRIVATE.replace("smm=off,", ""))
+        .with(OUR_GUEST)
+        .start_guest()?;
+    let counts = machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?;
+    no_errors(&counts, 20)?;
+    machine.finish()
+}
+
+// ---- conversions ----
+
+fn guest_converts(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.fill(BASE, 3, 7)?;
+    machine.convert(BASE + PAGE, 1, Private)?;
+    machine.check(BASE, 1, 7)?;
+    machine.check_zero(BASE + PAGE, 1)?;
+    machine.check(BASE + 2 * PAGE, 1, 7)?;
+    machine.fill(BASE + PAGE, 1, 8)?;
+    same("private", machine.region("ram0")?.private, PAGE)?;
+    // A request for what is already so changes nothing, contents included.
+    machine.convert(BASE + PAGE, 1, Private)?;
+    machine.check(BASE + PAGE, 1, 8)?;
+    machine.convert(BASE, 3, Shared)?;
+    machine.check(BASE, 1, 7)?;
+    machine.check_zero(BASE + PAGE, 1)?;
+    machine.check(BASE + 2 * PAGE, 1, 7)?;
+    same("private", machine.region("ram0")?.private, 0)?;
+    let counts = machine.ask_counts(&format!("churn {BASE:#x} 300 200 1"))?;
+    no_errors(&counts, 200)?;
+    machine.finish()
+}
+
+/// The guest did `conversions`, none failed, all contents were right.
+fn no_errors(counts: &HashMap<String, u64>, conversions: u64) -> Result<()> {
+    let count = |name: &str| counts.get(name).copied();
+    same("contents that are wrong", count("errors"), Some(0))?;
+    same("conversions refused to the guest", count("failed"), Some(0))?;
+    same(
+        "conversions by the guest",
+        count("conversions"),
+        Some(conversions),
+    )
+}
+
+fn operator_converts(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.fill(BASE - PAGE, 6, 7)?;
+    machine.operator_convert(BASE, 4 * PAGE, Private)?;
+    machine.check(BASE - PAGE, 1, 7)?;
+    machine.check_zero(BASE, 4)?;
+    machine.check(BASE + 4 * PAGE, 1, 7)?;
+    machine.fill(BASE, 4, 8)?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, 4 * PAGE)?;
+    same("shared", info.shared, RAM - 4 * PAGE)?;
+    same("conversions", info.conversions, 1)?;
+    same_held(&info, 4 * PAGE)?;
+    machine.operator_convert(BASE, 4 * PAGE, Shared)?;
+    machine.check_zero(BASE, 4)?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, 0)?;
+    same("conversions", info.conversions, 2)?;
+    same("failed-conversions", info.failed_conversions, 0)?;
+    same_held(&info, 0)?;
+    machine.finish()
+}
+
+fn accounting(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.fill(BASE, 64, 7)?;
+    let before = machine.region("ram0")?;
+    same("agent", before.agent.as_str(), "sw-protected")?;
+    same("size", before.size, RAM)?;
+    same("granule", before.granule, PAGE)?;
+    same(
+        "shared-held",
+        before.shared_held,
+        Some(shared_store_blocks(&machine, &before)?),
+    )?;
+    same_held(&before, 0)?;
+
+    machine.convert(BASE, 64, Private)?;
+    let empty = machine.region("ram0")?;
+    same("private", empty.private, 64 * PAGE)?;
+    same(
+        "private and shared together",
+        empty.private + empty.shared,
+        RAM,
+    )?;
+    same_held(&empty, 0)?;
+    same(
+        "shared-held",
+        empty.shared_held,
+        Some(shared_store_blocks(&machine, &empty)?),
+    )?;
+    same(
+        "shared-held after the conversion",
+        empty.shared_held,
+        before.shared_held.map(|held| held - 64 * PAGE),
+    )?;
+
+    machine.fill(BASE + 5 * PAGE, 10, 8)?;
+    let touched = machine.region("ram0")?;
+    same_held(&touched, 10 * PAGE)?;
+    same("shared-held", touched.shared_held, empty.shared_held)?;
+
+    machine.convert(BASE, 8, Shared)?;
+    same_held(&machine.region("ram0")?, 7 * PAGE)?;
+    machine.convert(BASE, 64, Shared)?;
+    let after = machine.region("ram0")?;
+    same("private", after.private, 0)?;
+    same_held(&after, 0)?;
+    machine.check_zero(BASE, 64)?;
+    machine.finish()
+}
+
+/// The kernel's count for the shared store, past QEMU.
+fn shared_store_blocks(machine: &Machine, info: &PrivateMemory) -> Result<u64> {
+    let path = format!("/proc/{}/fd/{}", machine.pid(), info.shared_fd);
+    Ok(fs::metadata(&path).context(path)?.blocks() * 512)
+}
+
+fn pmemsave(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.convert(BASE + PAGE, 1, Private)?;
+    machine.fill(BASE, 3, 7)?;
+    let bytes = machine.pmemsave(BASE, PAGE)?.map_err(anyhow::Error::msg)?;
+    ensure!(
+        bytes == pattern(BASE, PAGE, 7),
+        "pmemsave of a shared page did not give the guest's pattern"
+    );
+    for (addr, size) in [
+        (BASE + PAGE, PAGE),
+        (BASE, 3 * PAGE),
+        (BASE + 2 * PAGE - 1, 2),
+    ] {
+        let Err(text) = machine.pmemsave(addr, size)? else {
+            anyhow::bail!(
+                "pmemsave of {size} bytes at {addr:#x} was granted though a page there is private"
+            );
+        };
+        let page = format!("0x{:x}", (BASE + PAGE) / PAGE);
+        ensure!(
+            text.contains(&page),
+            "the refusal of pmemsave names no address in the private page: {text}"
+        );
+    }
+    machine.check(BASE, 3, 7)?;
+    machine.finish()
+}
+
+fn hmp_info(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.convert(BASE, 16, Private)?;
+    let text = machine.hmp("info private-memory")?;
+    let picture = machine.region("ram0")?.picture;
+    for needle in ["ram0", "sw-protected", &picture] {
+        ensure!(
+            text.contains(needle),
+            "'info private-memory' does not contain '{needle}': {text}"
+        );
+    }
+    machine.convert(0x100_0000, (RAM - 0x100_0000) / PAGE, Private)?;
+    ensure!(
+        machine.region("ram0")?.picture != picture,
+        "the picture did not change: {picture}"
+    );
+    machine.finish()
+}
+
+fn two_objects_numa(lab: &Lab) -> Result<()> {
+    let border = 128 << 20;
+    let mut machine = Launch::kvm(lab)
+        .with(
+            "-m 256M -object sw-protected-guest,id=cgs0 -machine q35,smm=off,confidential-guest-support=cgs0 \
+             -object memory-backend-private,id=ram0,size=128M -object memory-backend-private,id=ram1,size=128M \
+             -numa node,memdev=ram0 -numa node,memdev=ram1",
+        )
+        .with(OUR_GUEST)
+        .start_guest()?;
+    for base in [BASE, border + BASE] {
+        no_errors(
+            &machine.ask_counts(&format!("churn {base:#x} 200 60 5"))?,
+            60,
+        )?;
+        machine.convert(base, 200, Shared)?;
+    }
+    machine.fill(border - 4 * PAGE, 8, 7)?;
+    machine.convert(border - 3 * PAGE, 5, Private)?;
+    same("private of ram0", machine.region("ram0")?.private, 3 * PAGE)?;
+    same("private of ram1", machine.region("ram1")?.private, 2 * PAGE)?;
+    machine.check(border - 4 * PAGE, 1, 7)?;
+    machine.check_zero(border - 3 * PAGE, 5)?;
+    machine.check(border + 2 * PAGE, 2, 7)?;
+    machine.fill(border - 3 * PAGE, 5, 8)?;
+    machine.check(border - 3 * PAGE, 5, 8)?;
+    same_held(&machine.region("ram0")?, 3 * PAGE)?;
+    same_held(&machine.region("ram1")?, 2 * PAGE)?;
+    machine.operator_convert(border - 3 * PAGE, 5 * PAGE, Shared)?;
+    machine.check_zero(border - 3 * PAGE, 5)?;
+    for id in ["ram0", "ram1"] {
+        let info = machine.region(id)?;
+        same(id, info.private, 0)?;
+        same_held(&info, 0)?;
+    }
+    machine.finish()
+}
+
+fn two_vcpus(lab: &Lab) -> Result<Machine> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    same(
+        "the guest's reply to smp",
+        machine.ask("smp")?.as_str(),
+        "cpus 2",
+    )?;
+    Ok(machine)
+}
+
+/// Each vCPU has its own pages; the border between them is no multiple of 64 pages.
+fn two_vcpus_apart(lab: &Lab) -> Result<()> {
+    let mut machine = two_vcpus(lab)?;
+    let counts = machine.ask_counts(&format!("disjoint {BASE:#x} 601 200 1"))?;
+    no_errors(&counts, 400)?;
+    let info = machine.region("ram0")?;
+    same("conversions", info.conversions, 400)?;
+    same(
+        "private pages",
+        Some(info.private / PAGE),
+        counts.get("private_pages").copied(),
+    )?;
+    same_held(&info, info.private)?;
+    machine.finish()
+}
+
+fn two_vcpus_same_pages(lab: &Lab) -> Result<()> {
+    let mut machine = two_vcpus(lab)?;
+    // The guest's two last requests turn the whole range private and back.
+    let counts = machine.ask_counts(&format!("overlap {BASE:#x} 96 250 1"))?;
+    no_errors(&counts, 500)?;
+    let info = machine.region("ram0")?;
+    same("conversions", info.conversions, 502)?;
+    same("private", info.private, 0)?;
+    same_held(&info, 0)?;
+    machine.finish()
+}
+
+/// What the guest was told is converted stays so, whatever another vCPU does to it meanwhile.
+fn one_converts_one_touches(lab: &Lab) -> Result<()> {
+    let mut machine = two_vcpus(lab)?;
+    let counts = machine.ask_counts(&format!("chase {BASE:#x} 8 300 1"))?;
+    no_errors(&counts, 600)?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, 0)?;
+    same("conversions", info.conversions, 600)?;
+    same_held(&info, 0)?;
+    machine.finish()
+}
+
+/// The operator converts pages next to those that both vCPUs churn at the same time.
+fn operator_against_guest(lab: &Lab) -> Result<()> {
+    let mut machine = two_vcpus(lab)?;
+    let (page, pages) = (BASE + 601 * PAGE, 7);
+    machine.fill(page, pages, 7)?;
+    machine.send(&format!("disjoint {BASE:#x} 601 150 2"))?;
+    for _ in 0..25 {
+        machine.operator_convert(page, pages * PAGE, Private)?;
+        machine.operator_convert(page, pages * PAGE, Shared)?;
+    }
+    let counts = machine.counts("disjoint")?;
+    no_errors(&counts, 300)?;
+    machine.check_zero(page, pages)?;
+    let info = machine.region("ram0")?;
+    same("conversions", info.conversions, 350)?;
+    same(
+        "private pages",
+        Some(info.private / PAGE),
+        counts.get("private_pages").copied(),
+    )?;
+    same_held(&info, info.private)?;
+    machine.finish()
+}
+
+// ---- requests that must not be granted ----
+
+/// Nothing is private, no page was lost, and the guest goes on.
+fn still_untouched(machine: &mut Machine, after: &str) -> Result<()> {
+    let info = machine.region("ram0").with_context(|| after.to_string())?;
+    same(&format!("private after {after}"), info.private, 0)?;
+    machine
+        .check(BASE, 4, 7)
+        .with_context(|| after.to_string())?;
+    machine
+        .check(RAM - 2 * PAGE, 2, 7)
+        .with_context(|| after.to_string())
+}
+
+fn untouched_machine(lab: &Lab) -> Result<Machine> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.fill(BASE, 4, 7)?;
+    machine.fill(RAM - 2 * PAGE, 2, 7)?;
+    Ok(machine)
+}
+
+fn bad_requests_qmp(lab: &Lab) -> Result<()> {
+    let mut machine = untouched_machine(lab)?;
+    let both = [Private, Shared];
+    let cases: &[(&str, u64, u64, &[Side])] = &[
+        ("an unaligned address", BASE + 1, PAGE, &both),
+        ("an unaligned size", BASE, PAGE + 512, &both),
+        ("an empty range", BASE, 0, &both),
+        ("a range beyond 2^64", u64::MAX - PAGE + 1, 2 * PAGE, &both),
+        (
+            "nearly 2^64 bytes from RAM",
+            BASE,
+            u64::MAX - PAGE + 1,
+            &both,
+        ),
+        (
+            "a range partly outside RAM",
+            RAM - PAGE,
+            2 * PAGE,
+            &[Private],
+        ),
+        ("a range outside RAM", HOLE, PAGE, &[Private]),
+        ("an address no bus reaches", 1 << 60, PAGE, &[Private]),
+        ("ROM", ROM, PAGE, &[Private]),
+        ("ROM below 1 MiB", ROM_ALIAS, PAGE, &[Private]),
+        ("MMIO", LAPIC, PAGE, &[Private]),
+    ];
+    for &(what, address, size, sides) in cases {
+        for &side in sides {
+            let text = machine
+                .qmp
+                .refused(
+                    "x-private-memory-convert",
+                    convert_arguments(address, size, side),
+                )
+                .with_context(|| what.to_string())?;
+            println!("  {what} to {}: {text}", side.name());
+            still_untouched(&mut machine, what)?;
+        }
+    }
+    for (what, address) in [("MMIO", LAPIC), ("ROM", ROM), ("a hole", HOLE)] {
+        machine
+            .operator_convert(address, PAGE, Shared)
+            .with_context(|| what.to_string())?;
+        still_untouched(&mut machine, what)?;
+    }
+    same("conversions", machine.region("ram0")?.conversions, 0)?;
+    machine.finish()
+}
+
+fn bad_requests_guest(lab: &Lab) -> Result<()> {
+    let mut machine = untouched_machine(lab)?;
+    let both = [Private, Shared];
+    let cases: &[(&str, u64, u64, &[Side])] = &[
+        ("an unaligned address", BASE + 1, 1, &both),
+        ("no pages", BASE, 0, &both),
+        ("frame numbers that wrap", BASE, u64::MAX, &both),
+        ("2^52 pages, 0 bytes in 64 bits", BASE, 1 << 52, &both),
+        (
+            "2^52 + 1 pages, 4096 bytes in 64 bits",
+            BASE,
+            (1 << 52) + 1,
+            &both,
+        ),
+        ("the last page and one more", u64::MAX - PAGE + 1, 2, &both),
+        ("2^40 pages from RAM", BASE, 1 << 40, &[Private]),
+        ("a range partly outside RAM", RAM - PAGE, 2, &[Private]),
+        ("a range outside RAM", HOLE, 1, &[Private]),
+        ("an address no bus reaches", 1 << 60, 1, &[Private]),
+        ("ROM", ROM, 1, &[Private]),
+        ("ROM below 1 MiB", ROM_ALIAS, 1, &[Private]),
+        ("MMIO", LAPIC, 1, &[Private]),
+    ];
+    for &(what, addr, pages, sides) in cases {
+        for &side in sides {
+            let ret = machine
+                .hypercall(addr, pages, side)
+                .with_context(|| what.to_string())?;
+            println!("  {what} to {}: {ret}", side.name());
+            ensure!(
+                ret < 0,
+                "{what} to {}: the guest was given {ret}",
+                side.name()
+            );
+            still_untouched(&mut machine, what)?;
+        }
+    }
+    for (what, addr) in [("MMIO", LAPIC), ("ROM", ROM), ("a hole", HOLE)] {
+        let ret = machine.hypercall(addr, 1, Shared)?;
+        same(&format!("what the guest got for {what} to shared"), ret, 0)?;
+        still_untouched(&mut machine, what)?;
+    }
+    same("conversions", machine.region("ram0")?.conversions, 0)?;
+    machine.finish()
+}
+
+// ---- the life of an object ----
+
+fn object_add(id: &str, size: u64) -> Value {
+    json!({"qom-type": "memory-backend-private", "id": id, "size": size})
+}
+
+/// QEMU frees memory regions on another thread, so fds may go a little later than the answer comes.
+fn fds_come_back(machine: &Machine, before: &[u64]) -> Result<()> {
+    let end = Instant::now() + DEADLINE;
+    let mut fds = host::fds_of(machine.pid())?;
+    while fds != before && Instant::now() < end {
+        thread::sleep(Duration::from_millis(10));
+        fds = host::fds_of(machine.pid())?;
+    }
+    same("open fds", fds.as_slice(), before)
+}
+
+fn object_add_del(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    let fds = host::fds_of(machine.pid())?;
+    for _ in 0..3 {
+        machine
+            .qmp
+            .call("object-add", object_add("spare", 64 << 20))?;
+        ensure!(
+            host::fds_of(machine.pid())?.len() > fds.len(),
+            "the new object has no fds"
+        );
+        let info = machine.region("spare")?;
+        same("size", info.size, 64 << 20)?;
+        same("slots", info.slots, vec![])?;
+        machine.qmp.call("object-del", json!({"id": "spare"}))?;
+        ensure!(
+            machine.region("spare").is_err(),
+            "query-private-memory lists a deleted object"
+        );
+        fds_come_back(&machine, &fds)?;
+    }
+    let text = machine.qmp.refused("object-del", json!({"id": "ram0"}))?;
+    ensure!(
+        text.contains("ram0"),
+        "the refusal does not name ram0: {text}"
+    );
+    no_errors(
+        &machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?,
+        20,
+    )?;
+    machine.finish()
+}
+
+/// An object made at run time becomes memory of the guest by plugging it in as a DIMM.
+fn object_add_dimm(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::kvm(lab)
+        .with(&PRIVATE.replace("-m 256M", "-m 256M,slots=2,maxmem=1G"))
+        .with(OUR_GUEST)
+        .start_guest()?;
+    machine
+        .qmp
+        .call("object-add", object_add("ram1", 128 << 20))?;
+    machine.qmp.call(
+        "device_add",
+        json!({"driver": "pc-dimm", "id": "dimm1", "memdev": "ram1"}),
+    )?;
+    let info = machine.region("ram1")?;
+    let base = info
+        .slots
+        .first()
+        .context("the plugged object has no slot")?
+        .address;
+    same("the slot's size", info.slots[0].size, 128 << 20)?;
+    let counts = machine.ask_counts(&format!("churn {base:#x} 300 100 1"))?;
+    no_errors(&counts, 100)?;
+    let info = machine.region("ram1")?;
+    same(
+        "private pages",
+        Some(info.private / PAGE),
+        counts.get("private_pages").copied(),
+    )?;
+    same_held(&info, info.private)?;
+    same("private of ram0", machine.region("ram0")?.private, 0)?;
+    let text = machine.qmp.refused("object-del", json!({"id": "ram1"}))?;
+    ensure!(
+        text.contains("ram1"),
+        "the refusal does not name ram1: {text}"
+    );
+    machine.convert(base, 300, Shared)?;
+    same_held(&machine.region("ram1")?, 0)?;
+    machine.finish()
+}
+
+fn object_in_use(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::kvm(lab)
+        .with(&PRIVATE.replace("-m 256M", "-m 256M,slots=2,maxmem=1G"))
+        .with(OUR_GUEST)
+        .start_guest()?;
+    let text = machine.qmp.refused(
+        "device_add",
+        json!({"driver": "pc-dimm", "id": "dimm1", "memdev": "ram0"}),
+    )?;
+    ensure!(
+        text.contains("ram0"),
+        "the refusal does not name ram0: {text}"
+    );
+    no_errors(
+        &machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?,
+        20,
+    )?;
+    machine.finish()
+}
+
+/// object-add with no fd, then with one fd left: a clean error each time, nothing leaks, the VM goes on.
+fn fd_limit(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    let fds = host::fds_of(machine.pid())?;
+    for limit in (0..).filter(|fd| !fds.contains(fd)).take(2) {
+        let _held = host::Limit::set(machine.pid(), libc::RLIMIT_NOFILE, limit)?;
+        refused_object(&mut machine, 64 << 20, &fds)?;
+    }
+    machine
+        .qmp
+        .call("object-add", object_add("spare", 64 << 20))?;
+    machine.qmp.call("object-del", json!({"id": "spare"}))?;
+    machine.finish()
+}
+
+/// object-add with no room to map the shared store: a clean error, nothing leaks, the VM goes on.
+fn no_memory(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    let fds = host::fds_of(machine.pid())?;
+    let room = address_space(machine.pid())? + (64 << 20);
+    let held = host::Limit::set(machine.pid(), libc::RLIMIT_AS, room)?;
+    refused_object(&mut machine, 1 << 30, &fds)?;
+    drop(held);
+    machine
+        .qmp
+        .call("object-add", object_add("spare", 1 << 30))?;
+    machine.qmp.call("object-del", json!({"id": "spare"}))?;
+    machine.finish()
+}
+
+/// Sizes beyond what a process can map, what a state map can be had for, what a file can have.
+fn object_too_large(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    let fds = host::fds_of(machine.pid())?;
+    for size in [1 << 47, 1 << 62, u64::MAX - PAGE + 1] {
+        refused_object(&mut machine, size, &fds)?;
+    }
+    machine.finish()
+}
+
+fn refused_object(machine: &mut Machine, size: u64, fds: &[u64]) -> Result<()> {
+    let text = machine
+        .qmp
+        .refused("object-add", object_add("spare", size))?;
+    println!("  {size:#x} bytes: {text}");
+    ensure!(
+        text.contains("spare"),
+        "the refusal does not name the object: {text}"
+    );
+    fds_come_back(machine, fds)?;
+    let counts = machine.ask_counts(&format!("churn {BASE:#x} 100 10 1"))?;
+    no_errors(&counts, 10)?;
+    machine.convert(BASE, 100, Shared)
+}
+
+/// Bytes of address space that a process uses.
+fn address_space(pid: u32) -> Result<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let pages: u64 = statm
+        .split_whitespace()
+        .next()
+        .context("empty statm")?
+        .parse()?;
+    Ok(pages * PAGE)
+}
+
+/// An ordinary Linux in shared memory only, from start to power off. (Looking for a mouse on the
+/// emulated i8042 takes it half a minute here, so it does not look.)
+fn linux_guest(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::kvm(lab)
+        .with(PRIVATE)
+        .with(
+            "-no-shutdown -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd.gz -append",
+        )
+        .arg("console=ttyS0 lab.role=guest quiet panic=-1 i8042.noaux=1")
+        .start()?;
+    let hello = machine.line("Linux's first words", |line| {
+        line.starts_with("guest-linux ")
+    })?;
+    println!("  {hello}");
+    machine.line("Linux's memory check", |line| line == "guest-linux ok")?;
+    machine.qmp.event("SHUTDOWN")?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, 0)?;
+    same_held(&info, 0)?;
+    ensure!(
+        info.shared_held > Some(64 << 20),
+        "Linux wrote 64 MiB, held are {:?} bytes",
+        info.shared_held
+    );
+    Ok(())
+}

@@ -1,0 +1,733 @@
+/*
+ * The lab's own guest: it obeys one-line commands from COM1. A reply is one
+ * line; lines before it that start with '#' are remarks. Numbers are decimal or 0x hex.
+ *
+ *   fill ADDR PAGES SEED                 write the pattern of SEED            -> ok
+ *   check ADDR PAGES SEED|zero           compare every word                   -> ok | bad ...
+ *   convert ADDR PAGES private|shared    KVM_HC_MAP_GPA_RANGE                 -> ret N
+ *   hypercall NR A B C                   any hypercall                        -> ret N
+ *   churn BASE PAGES COUNT SEED          COUNT conversions, contents checked  -> churn ...
+ *   smp                                  start the second vCPU                -> cpus 2
+ *   disjoint BASE PAGES COUNT SEED       churn on two vCPUs, half each        -> disjoint ...
+ *   overlap BASE PAGES COUNT SEED        two vCPUs convert the same pages     -> overlap ...
+ *   chase BASE PAGES COUNT SEED          one converts what the other touches  -> chase ...
+ *   exit STATUS                          leave through isa-debug-exit
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+
+enum {
+	PAGE = 4096,
+	WORDS = PAGE / 8,
+	COM1 = 0x3f8,
+	DEBUG_EXIT = 0xf4,
+	TRAP_STATUS = 0x7f,
+	ENOSYS = 38,
+	HC_MAP_GPA_RANGE = 12,
+	MAP_PRIVATE = 0x10,
+	MAX_PAGES = 2048,
+	MAX_REMARKS = 8,
+};
+
+/* ---- the machine ---- */
+
+static inline void outb(u16 port, u8 value)
+{
+	asm volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline u8 inb(u16 port)
+{
+	u8 value;
+
+	asm volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+static inline void cpuid(u32 leaf, u32 r[4])
+{
+	asm volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(0));
+}
+
+static void delay(u32 rounds)
+{
+	while (rounds--)
+		asm volatile("" : : : "memory");
+}
+
+static void leave(u8 status)
+{
+	outb(DEBUG_EXIT, status);
+	for (;;)
+		asm volatile("cli; hlt");
+}
+
+/* gcc calls this even for freestanding code. */
+void *memset(void *to, int byte, size_t n)
+{
+	void *p = to;
+
+	asm volatile("rep stosb" : "+D"(p), "+c"(n) : "a"(byte) : "memory");
+	return to;
+}
+
+static inline void barrier(void)
+{
+	asm volatile("" : : : "memory");
+}
+
+/* ---- the serial line; only the boot CPU uses it ---- */
+
+static void put_char(char c)
+{
+	while (!(inb(COM1 + 5) & 0x20))
+		delay(1000);
+	outb(COM1, c);
+}
+
+static void put(const char *s)
+{
+	while (*s)
+		put_char(*s++);
+}
+
+static void put_unsigned(u64 n)
+{
+	char text[21];
+	char *p = text + sizeof(text) - 1;
+
+	*p = 0;
+	do {
+		*--p = '0' + n % 10;
+		n /= 10;
+	} while (n);
+	put(p);
+}
+
+static void put_signed(int64_t n)
+{
+	if (n < 0)
+		put_char('-');
+	put_unsigned(n < 0 ? -(u64)n : (u64)n);
+}
+
+static void put_hex(u64 n)
+{
+	int shift = 60;
+
+	put("0x");
+	while (shift && !(n >> shift))
+		shift -= 4;
+	for (; shift >= 0; shift -= 4)
+		put_char("0123456789abcdef"[(n >> shift) & 15]);
+}
+
+static void put_field(const char *name, u64 n)
+{
+	put_char(' ');
+	put(name);
+	put_char('=');
+	put_unsigned(n);
+}
+
+static void put_hex_field(const char *name, u64 n)
+{
+	put_char(' ');
+	put(name);
+	put_char('=');
+	put_hex(n);
+}
+
+static void get_line(char *line, size_t size)
+{
+	size_t n = 0;
+
+	for (;;) {
+		char c;
+
+		while (!(inb(COM1 + 5) & 1))
+			delay(20000);
+		c = inb(COM1);
+		if (c == '\n' || c == '\r')
+			break;
+		if (n < size - 1)
+			line[n++] = c;
+	}
+	line[n] = 0;
+}
+
+/* ---- exceptions ---- */
+
+struct gate {
+	u16 low, selector;
+	u8 ist, type;
+	u16 middle;
+	u32 high, zero;
+};
+
+struct trap_frame {
+	u64 error, rip, cs, rflags, rsp, ss;
+};
+
+static struct gate idt[32];
+extern char trap_stubs[];
+
+static void load_idt(void)
+{
+	struct __attribute__((packed)) {
+		u16 limit;
+		u64 base;
+	} pointer = { sizeof(idt) - 1, (u64)idt };
+
+	asm volatile("lidt %0" : : "m"(pointer));
+}
+
+static void build_idt(void)
+{
+	for (int i = 0; i < 32; i++) {
+		u64 stub = (u64)trap_stubs + 16 * i;
+
+		idt[i] = (struct gate){ .low = stub, .selector = 0x18, .type = 0x8e, .middle = stub >> 16 };
+	}
+}
+
+void trap(u64 vector, struct trap_frame *frame)
+{
+	u64 cr2;
+
+	asm volatile("mov %%cr2, %0" : "=r"(cr2));
+	put("\ntrap");
+	put_field("vector", vector);
+	put_hex_field("rip", frame->rip);
+	put_hex_field("error", frame->error);
+	put_hex_field("cr2", cr2);
+	put("\n");
+	leave(TRAP_STATUS);
+}
+
+/* ---- hypercalls ---- */
+
+static bool is_intel, under_kvm;
+
+static void detect(void)
+{
+	u32 r[4];
+
+	cpuid(0, r);
+	is_intel = r[1] == 0x756e6547;		/* "Genu" */
+	cpuid(0x40000000, r);
+	under_kvm = r[1] == 0x4b4d564b;		/* "KVMK" */
+}
+
+static int64_t hypercall(u64 nr, u64 a, u64 b, u64 c)
+{
+	int64_t ret;
+
+	if (!under_kvm)
+		return -ENOSYS;			/* the instruction would be an invalid opcode */
+	if (is_intel)
+		asm volatile("vmcall" : "=a"(ret) : "a"(nr), "b"(a), "c"(b), "d"(c) : "memory");
+	else
+		asm volatile("vmmcall" : "=a"(ret) : "a"(nr), "b"(a), "c"(b), "d"(c) : "memory");
+	return ret;
+}
+
+static int64_t convert(u64 addr, u64 pages, bool private)
+{
+	return hypercall(HC_MAP_GPA_RANGE, addr, pages, private ? MAP_PRIVATE : 0);
+}
+
+/* ---- contents ---- */
+
+/* What the word at addr holds under seed; never 0. The driver computes the same. */
+static u64 pattern(u64 addr, u64 seed)
+{
+	u64 x = (addr >> 3) ^ (seed * 0x9e3779b97f4a7c15);
+
+	x ^= x >> 29;
+	x *= 0xbf58476d1ce4e5b9;
+	x ^= x >> 32;
+	return x | 1;
+}
+
+static void fill(u64 addr, u64 pages, u64 seed)
+{
+	volatile u64 *p = (u64 *)addr;
+
+	for (u64 i = 0; i < pages * WORDS; i++)
+		p[i] = pattern((u64)&p[i], seed);
+}
+
+struct mismatch {
+	u64 addr, expected, found;
+};
+
+/* Seed 0 stands for zeroes. */
+static bool matches(u64 addr, u64 pages, u64 seed, struct mismatch *bad)
+{
+	volatile u64 *p = (u64 *)addr;
+
+	for (u64 i = 0; i < pages * WORDS; i++) {
+		u64 expected = seed ? pattern((u64)&p[i], seed) : 0;
+		u64 found = p[i];
+
+		if (found != expected) {
+			*bad = (struct mismatch){ (u64)&p[i], expected, found };
+			return false;
+		}
+	}
+	return true;
+}
+
+static void put_mismatch(const struct mismatch *bad)
+{
+	put("bad");
+	put_hex_field("addr", bad->addr);
+	put_hex_field("expected", bad->expected);
+	put_hex_field("found", bad->found);
+}
+
+/* ---- churn: random conversions over a set of pages whose contents are known ---- */
+
+struct churn {
+	u64 base, pages, rng, last_seed;
+	u64 conversions, failed, errors;
+	struct { struct mismatch what; const char *when; } remarks[MAX_REMARKS];
+	u32 seed[MAX_PAGES];
+	bool private[MAX_PAGES];
+};
+
+static struct churn churns[2];
+
+static u64 draw(u64 *rng, u64 below)
+{
+	*rng ^= *rng << 13;
+	*rng ^= *rng >> 7;
+	*rng ^= *rng << 17;
+	return (*rng >> 11) % below;
+}
+
+static u64 page_at(const struct churn *c, u64 i)
+{
+	return c->base + i * PAGE;
+}
+
+static void expect(struct churn *c, u64 i, u64 seed, const char *when)
+{
+	struct mismatch bad;
+
+	if (matches(page_at(c, i), 1, seed, &bad))
+		return;
+	if (c->errors < MAX_REMARKS) {
+		c->remarks[c->errors].what = bad;
+		c->remarks[c->errors].when = when;
+	}
+	c->errors++;
+}
+
+static void write_anew(struct churn *c, u64 i)
+{
+	c->seed[i] = ++c->last_seed;
+	fill(page_at(c, i), 1, c->seed[i]);
+}
+
+static void churn_begin(struct churn *c, u64 base, u64 pages, u64 seed)
+{
+	*c = (struct churn){ .base = base, .pages = pages, .rng = seed * 2 + 1, .last_seed = seed << 20 };
+	for (u64 i = 0; i < pages; i++)
+		write_anew(c, i);
+}
+
+static void expect_neighbours(struct churn *c, u64 first, u64 end, const char *when)
+{
+	if (first > 0)
+		expect(c, first - 1, c->seed[first - 1], when);
+	if (end < c->pages)
+		expect(c, end, c->seed[end], when);
+}
+
+/*
+ * One request over [first, end), most often a single page. Pages that change
+ * side read zero; those that were there already keep what they hold, as do the
+ * neighbours; after a refusal everything is as it was.
+ */
+static void churn_step(struct churn *c)
+{
+	u64 first = draw(&c->rng, c->pages);
+	u64 want = draw(&c->rng, 8) ? 1 : 1 + draw(&c->rng, 64);
+	u64 end = want > c->pages - first ? c->pages : first + want;
+	bool to_private = !c->private[first];
+	bool done;
+
+	for (u64 i = first; i < end; i++)
+		write_anew(c, i);
+	done = convert(page_at(c, first), end - first, to_private) == 0;
+	if (done)
+		c->conversions++;
+	else
+		c->failed++;
+	for (u64 i = first; i < end; i++) {
+		bool changed = done && c->private[i] != to_private;
+
+		expect(c, i, changed ? 0 : c->seed[i], changed ? "changed-side" : "same-side");
+		if (done)
+			c->private[i] = to_private;
+		write_anew(c, i);
+		expect(c, i, c->seed[i], "read-back");
+	}
+	expect_neighbours(c, first, end, "neighbour");
+}
+
+static void churn_run(struct churn *c, u64 count)
+{
+	while (count--)
+		churn_step(c);
+	for (u64 i = 0; i < c->pages; i++)
+		expect(c, i, c->seed[i], "at-end");
+}
+
+static u64 churn_private_pages(const struct churn *c)
+{
+	u64 n = 0;
+
+	for (u64 i = 0; i < c->pages; i++)
+		n += c->private[i];
+	return n;
+}
+
+static void churn_remarks(const struct churn *c)
+{
+	for (u64 i = 0; i < c->errors && i < MAX_REMARKS; i++) {
+		put("# ");
+		put_mismatch(&c->remarks[i].what);
+		put(" when=");
+		put(c->remarks[i].when);
+		put("\n");
+	}
+}
+
+static void churn_report(const char *name, const struct churn *a, const struct churn *b)
+{
+	churn_remarks(a);
+	churn_remarks(b);
+	put(name);
+	put_field("conversions", a->conversions + b->conversions);
+	put_field("failed", a->failed + b->failed);
+	put_field("errors", a->errors + b->errors);
+	put_field("private_pages", churn_private_pages(a) + churn_private_pages(b));
+	put("\n");
+}
+
+static void churn(u64 base, u64 pages, u64 count, u64 seed)
+{
+	churn_begin(&churns[0], base, pages, seed);
+	churns[1] = (struct churn){ 0 };
+	churn_run(&churns[0], count);
+	churn_report("churn", &churns[0], &churns[1]);
+}
+
+/* ---- the second vCPU ---- */
+
+enum { LAPIC_ICR_LOW = 0xfee00300, LAPIC_ICR_HIGH = 0xfee00310 };
+
+static void (*volatile ap_job)(u64 count);
+static volatile u64 ap_argument;
+static volatile bool ap_alive;
+
+static void write_lapic(u64 reg, u32 value)
+{
+	*(volatile u32 *)reg = value;
+}
+
+void ap_main(void)
+{
+	load_idt();
+	ap_alive = true;
+	for (;;) {
+		while (!ap_job)
+			asm volatile("pause" : : : "memory");
+		ap_job(ap_argument);
+		barrier();
+		ap_job = NULL;
+	}
+}
+
+static void smp(void)
+{
+	if (!ap_alive) {
+		write_lapic(LAPIC_ICR_HIGH, 1 << 24);
+		write_lapic(LAPIC_ICR_LOW, 0x4500);		/* INIT */
+		delay(1000000);
+		write_lapic(LAPIC_ICR_LOW, 0x4600 | 0xf0);	/* start at 0xf0000 */
+	}
+	while (!ap_alive)		/* the driver's deadline ends this if it never comes */
+		asm volatile("pause" : : : "memory");
+	put("cpus 2\n");
+}
+
+/* x86 keeps stores in order, so holding the compiler to it is enough. */
+static void on_both(void (*boot)(u64), void (*ap)(u64), u64 argument)
+{
+	ap_argument = argument;
+	barrier();
+	ap_job = ap;
+	boot(argument);
+	while (ap_job)
+		asm volatile("pause" : : : "memory");
+}
+
+static void churn_first(u64 count)
+{
+	churn_run(&churns[0], count);
+}
+
+static void churn_second(u64 count)
+{
+	churn_run(&churns[1], count);
+}
+
+static void disjoint(u64 base, u64 pages, u64 count, u64 seed)
+{
+	u64 half = pages / 2;
+
+	churn_begin(&churns[0], base, half, seed);
+	churn_begin(&churns[1], base + half * PAGE, pages - half, seed + 1);
+	on_both(churn_first, churn_second, count);
+	churn_report("disjoint", &churns[0], &churns[1]);
+}
+
+/*
+ * Both vCPUs convert and write the same pages. What a page holds meanwhile is
+ * nobody's business, but a word is zero or was written by one of the two, and
+ * the page before and the page after never change.
+ */
+static struct overlap {
+	u64 base, pages;
+	u64 rng[2], conversions[2], failed[2];
+} over;
+
+static void overlap_side(int cpu, u64 count)
+{
+	while (count--) {
+		u64 first = draw(&over.rng[cpu], over.pages);
+		u64 room = over.pages - first;
+		u64 pages = 1 + draw(&over.rng[cpu], room < 32 ? room : 32);
+		u64 addr = over.base + first * PAGE;
+
+		fill(addr, 1, 1 + cpu);
+		if (convert(addr, pages, draw(&over.rng[cpu], 2)) == 0)
+			over.conversions[cpu]++;
+		else
+			over.failed[cpu]++;
+	}
+}
+
+static void overlap_first(u64 count)
+{
+	overlap_side(0, count);
+}
+
+static void overlap_second(u64 count)
+{
+	overlap_side(1, count);
+}
+
+static u64 foreign_words(u64 addr, u64 pages, u64 seed, u64 other_seed)
+{
+	volatile u64 *p = (u64 *)addr;
+	u64 n = 0;
+
+	for (u64 i = 0; i < pages * WORDS; i++) {
+		u64 found = p[i];
+
+		n += found && found != pattern((u64)&p[i], seed) && found != pattern((u64)&p[i], other_seed);
+	}
+	return n;
+}
+
+/* base is the first converted page; the pages on both sides of the range are guards. */
+static void overlap(u64 base, u64 pages, u64 count, u64 seed)
+{
+	struct mismatch bad;
+	u64 errors = 0;
+
+	over = (struct overlap){ .base = base, .pages = pages, .rng = { seed * 2 + 1, seed * 4 + 3 } };
+	fill(base - PAGE, 1, 3);
+	fill(base + pages * PAGE, 1, 4);
+	fill(base, pages, 1);
+	on_both(overlap_first, overlap_second, count);
+
+	errors += foreign_words(base, pages, 1, 2);
+	errors += !matches(base - PAGE, 1, 3, &bad);
+	errors += !matches(base + pages * PAGE, 1, 4, &bad);
+	over.failed[0] += convert(base, pages, true) != 0;
+	fill(base, pages, 5);
+	errors += !matches(base, pages, 5, &bad);
+	over.failed[0] += convert(base, pages, false) != 0;
+	errors += !matches(base, pages, 0, &bad);
+
+	put("overlap");
+	put_field("conversions", over.conversions[0] + over.conversions[1]);
+	put_field("failed", over.failed[0] + over.failed[1]);
+	put_field("errors", errors);
+	put("\n");
+}
+
+/*
+ * The boot CPU turns the whole range private and shared, over and over, while
+ * the other one touches it. In the end it is shared: no access, however it
+ * falls, takes back a conversion that was granted.
+ */
+static volatile bool chase_over;
+
+static void chase_convert(u64 count)
+{
+	while (count--) {
+		for (int to_private = 1; to_private >= 0; to_private--) {
+			if (convert(over.base, over.pages, to_private) == 0)
+				over.conversions[0]++;
+			else
+				over.failed[0]++;
+		}
+	}
+	chase_over = true;
+}
+
+static void chase_touch(u64 count)
+{
+	(void)count;
+	while (!chase_over) {
+		u64 addr = over.base + draw(&over.rng[1], over.pages) * PAGE;
+
+		*(volatile u64 *)addr = pattern(addr, 6);
+	}
+}
+
+static void chase(u64 base, u64 pages, u64 count, u64 seed)
+{
+	over = (struct overlap){ .base = base, .pages = pages, .rng = { 0, seed * 2 + 1 } };
+	chase_over = false;
+	on_both(chase_convert, chase_touch, count);
+	put("chase");
+	put_field("conversions", over.conversions[0]);
+	put_field("failed", over.failed[0]);
+	put_field("errors", foreign_words(base, pages, 6, 6));
+	put("\n");
+}
+
+/* ---- commands ---- */
+
+static bool same(const char *a, const char *b)
+{
+	while (*a && *a == *b)
+		a++, b++;
+	return *a == *b;
+}
+
+static u64 number(const char *s)
+{
+	u64 base = 10, n = 0;
+
+	if (s[0] == '0' && s[1] == 'x') {
+		base = 16;
+		s += 2;
+	}
+	for (; *s; s++)
+		n = n * base + (*s <= '9' ? *s - '0' : *s - 'a' + 10);
+	return n;
+}
+
+static int split(char *line, char *word[], int max)
+{
+	int n = 0;
+
+	while (n < max) {
+		while (*line == ' ')
+			line++;
+		if (!*line)
+			break;
+		word[n++] = line;
+		while (*line && *line != ' ')
+			line++;
+		if (*line)
+			*line++ = 0;
+	}
+	return n;
+}
+
+static void check(u64 addr, u64 pages, const char *what)
+{
+	struct mismatch bad;
+
+	if (matches(addr, pages, same(what, "zero") ? 0 : number(what), &bad))
+		put("ok");
+	else
+		put_mismatch(&bad);
+	put("\n");
+}
+
+static void put_ret(int64_t ret)
+{
+	put("ret ");
+	put_signed(ret);
+	put("\n");
+}
+
+static bool obey(char *word[], int n)
+{
+	u64 a[4] = { 0 };
+
+	for (int i = 1; i < n && i <= 4; i++)
+		a[i - 1] = number(word[i]);
+	if (n == 4 && same(word[0], "fill")) {
+		fill(a[0], a[1], a[2]);
+		put("ok\n");
+	} else if (n == 4 && same(word[0], "check")) {
+		check(a[0], a[1], word[3]);
+	} else if (n == 4 && same(word[0], "convert")) {
+		put_ret(convert(a[0], a[1], same(word[3], "private")));
+	} else if (n == 5 && same(word[0], "hypercall")) {
+		put_ret(hypercall(a[0], a[1], a[2], a[3]));
+	} else if (n == 5 && same(word[0], "churn") && a[1] && a[1] <= MAX_PAGES) {
+		churn(a[0], a[1], a[2], a[3]);
+	} else if (n == 1 && same(word[0], "smp")) {
+		smp();
+	} else if (n == 5 && same(word[0], "disjoint") && ap_alive && a[1] > 1 && a[1] <= MAX_PAGES) {
+		disjoint(a[0], a[1], a[2], a[3]);
+	} else if (n == 5 && same(word[0], "overlap") && ap_alive && a[1]) {
+		overlap(a[0], a[1], a[2], a[3]);
+	} else if (n == 5 && same(word[0], "chase") && ap_alive && a[1]) {
+		chase(a[0], a[1], a[2], a[3]);
+	} else if (n == 2 && same(word[0], "exit")) {
+		leave(a[0]);
+	} else {
+		return false;
+	}
+	return true;
+}
+
+void boot_main(void)
+{
+	char line[128];
+	char *word[6];
+
+	build_idt();
+	load_idt();
+	detect();
+	outb(COM1 + 2, 1);		/* FIFO on */
+	put("guest ready vendor=");
+	put(is_intel ? "intel" : "amd");
+	put_field("kvm", under_kvm);
+	put("\n");
+	for (;;) {
+		get_line(line, sizeof(line));
+		if (!obey(word, split(line, word, 6)))
+			put("unknown command\n");
+	}
+}
