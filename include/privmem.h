@@ -214,35 +214,46 @@ int privmem_vm_bind(const struct privmem_vm *vm,
 int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
 
 /**
- * Makes `size` bytes at guest-physical `gpa` private, or shared.
+ * Makes `size` bytes at guest-physical `gpa` private, or shared; or as many
+ * from the start as can be done in bounded time. `*done` receives the number
+ * of bytes done, never 0: repeat the call for the rest, if any, and let others
+ * run in between.
  *
  * What is on that side already stays as it is; what changes side reads zero
  * afterwards. To become private the whole range must be bound; to become
  * shared, what is not bound is passed over, as it is shared anyway (guests
  * ask so for MMIO). The numbers come from the guest and may be anything.
  *
- * Any thread; may sleep. Requests for overlapping memory wait for each other.
+ * Any thread; may sleep. Requests for overlapping memory wait for each other,
+ * in order of arrival.
  *
  * Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
- * bound; otherwise what the kernel returned. A request that failed is undone;
+ * bound; otherwise what the kernel returned. A call that failed is undone;
  * where contents were lost or the kernel would not go back, the message says
  * how many bytes.
  *
  * # Safety
- * `vm` is NULL or a live handle.
+ * `vm` is NULL or a live handle; `done` is NULL or valid for writing.
  */
-int privmem_vm_convert(const struct privmem_vm *vm, uint64_t gpa, uint64_t size, bool to_private);
+int privmem_vm_convert(const struct privmem_vm *vm,
+                       uint64_t gpa,
+                       uint64_t size,
+                       bool to_private,
+                       uint64_t *done);
 
 /**
  * Answers KVM_EXIT_MEMORY_FAULT for `size` bytes at guest-physical `gpa`: 0
  * if the vCPU may run on and try again.
  *
  * A software-protected guest does not choose a side by its access: the fault
- * met a conversion, or the end of a binding, half-way, and asks for none. Any
- * thread; may sleep.
+ * met a conversion, or the end of a binding, half-way, and asks for none. May
+ * sleep.
  *
- * Errors: -EINVAL for a range that is unaligned, empty or wraps; what
- * KVM_SET_MEMORY_ATTRIBUTES returned. No retry can help then.
+ * To be called on the vCPU's own thread, as it counts how often the same
+ * fault comes back.
+ *
+ * Errors: -EINVAL for a range that is unaligned, empty or wraps; -EFAULT where
+ * trying again does not help; what KVM_SET_MEMORY_ATTRIBUTES returned.
  *
  * # Safety
  * `vm` is NULL or a live handle.
@@ -301,6 +312,17 @@ int privmem_region_shared_fd(const struct privmem_region *region);
 int privmem_region_private_fd(const struct privmem_region *region);
 
 /**
+ * Makes all of a region shared again and frees its private pages, as at the
+ * reset of a machine. vCPUs do not run meanwhile. May sleep.
+ *
+ * Errors: what the kernel returned; the region may be partly reset then.
+ *
+ * # Safety
+ * `region` is NULL or a live handle.
+ */
+int privmem_region_reset(const struct privmem_region *region);
+
+/**
  * Tells where the shared store is mapped, so that the emulated agent can map
  * the visible store in its place. To be called once, before any conversion.
  *
@@ -333,7 +355,7 @@ bool privmem_region_host_access(const struct privmem_region *region,
 /**
  * State and memory of a region, from the kernel's own counts where it has
  * them. `info_size` is `sizeof(struct privmem_info)` as the caller was
- * compiled; later versions may append fields.
+ * compiled: later versions may append fields, and fill as many as there are.
  *
  * Any thread; takes no lock, so that figures taken while conversions run are
  * of slightly different moments.

@@ -1,17 +1,19 @@
-//! The one conversion path: every change of side goes through [`Vm::convert`].
+//! The one conversion path: every change of side goes through [`run`].
 //!
-//! Order, for all runs of a request that really change: switch the side that
-//! is reachable (KVM zaps the translations of the side that is left, the
-//! emulated agent maps over them), free the pages of the side that is left,
-//! publish the bits. The request's ranges are locked throughout.
+//! Order, for the pieces of a request that really change: free what the side
+//! that is entered may hold, switch the side that is reachable (KVM zaps the
+//! translations of the side that is left, the emulated agent maps over them),
+//! free the pages of the side that is left, publish the bits. The ranges are
+//! locked throughout.
 //!
 //! A step that fails is undone: what was switched is switched back, and what
 //! vCPUs put into the other side meanwhile is freed. Where the kernel refuses
 //! even that, the state map follows the kernel and the error says how much.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::range::Range;
@@ -21,24 +23,36 @@ use crate::vm::{Binding, Vm};
 
 /// At most this many bytes in one call into the kernel, which holds its
 /// memory-slot lock meanwhile.
-const CHUNK: u64 = 64 << 20;
+const PIECE: u64 = 64 << 20;
+
+/// At most this many pieces, and bytes, while locks are held: changes of
+/// memory slots and requests for the same memory get their turn in between.
+const STEP_PIECES: usize = 4096;
+const STEP_BYTES: u64 = 1 << 30;
+
+/// A vCPU that faults this often in one place, while nothing is converted,
+/// does so for a reason that trying again will not remove.
+const HOPELESS_FAULTS: u32 = 1000;
 
 /// A part of a request: one region, contiguous on both sides.
 #[derive(Clone, Copy)]
 struct Segment<'a> {
     region: &'a Region,
     offsets: Range,
-    gpa: Range,
+    /// Where the guest sees it, if it does.
+    gpa: Option<Range>,
 }
 
 impl<'a> Segment<'a> {
     fn changes(self, to: Side) -> impl Iterator<Item = Segment<'a>> {
         let runs = self.region.state.runs(self.offsets.granules());
         runs.filter(move |run| run.side != to)
-            .flat_map(|run| Range::from_granules(run.granules).pieces(CHUNK))
+            .flat_map(|run| Range::from_granules(run.granules).pieces(PIECE))
             .map(move |offsets| Segment {
                 offsets,
-                gpa: offsets.rebase(self.offsets.start(), self.gpa.start()),
+                gpa: self
+                    .gpa
+                    .map(|gpa| offsets.rebase(self.offsets.start(), gpa.start())),
                 ..self
             })
     }
@@ -52,49 +66,65 @@ impl<'a> Segment<'a> {
         self.region.store(side).punch(self.offsets)
     }
 
-    /// Frees what an undo that itself failed may have left on `side`, so that
-    /// a granule that comes there reads zero.
-    fn scrub(&self, side: Side) -> Result<()> {
-        match self.region.leftovers.load(Ordering::Acquire) {
-            true => self.punch(side),
-            false => Ok(()),
-        }
-    }
-
-    /// Frees `side` within an undo; what cannot be freed now is kept in mind.
-    fn punch_in_undo(&self, side: Side) {
-        if self.punch(side).is_err() {
-            self.region.leftovers.store(true, Ordering::Release);
-        }
-    }
-
     fn publish(&self, side: Side) {
         self.region.state.set(self.offsets.granules(), side);
     }
 }
 
 impl Vm {
-    /// Makes `size` bytes at guest-physical `gpa` private or shared.
+    /// Makes `size` bytes at guest-physical `gpa` private or shared, or as
+    /// many from the start as can be done in bounded time; returns how many
+    /// bytes are done. Callers repeat it for the rest.
     ///
     /// All of a range that is to become private must be bound memory. What is
     /// not is shared already, so that a request for shared passes over it: TDX
     /// guests send such requests for MMIO.
     ///
     /// Callable from any thread. Requests for overlapping memory wait for each
-    /// other. All or nothing: on failure the range is as it was, or the error
-    /// is [`Error::Undone`] and says what is not.
-    pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<()> {
+    /// other, in order of arrival. All or nothing: on failure the range is as
+    /// it was, or the error is [`Error::Undone`] and says what is not.
+    pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
         let request = Range::new(gpa, size)?;
         let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
         let segments = resolve(&bindings, request);
-        let result = check_covered(&segments, request, to).and_then(|()| convert(&segments, to));
-        count(&segments, result.is_ok());
-        result
+        let result = check_covered(&segments, request, to).and_then(|()| run(&segments, to));
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        let end = match &result {
+            Ok(Some(Segment {
+                gpa: Some(rest), ..
+            })) => rest.start(),
+            _ => request.end(),
+        };
+        count(&segments, end, result.is_ok());
+        result.map(|_| end - request.start())
+    }
+
+    /// Puts all of a region on one side, whether the guest sees it or not.
+    pub(crate) fn convert_region(&self, region: &Arc<Region>, to: Side) -> Result<()> {
+        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+        let own = bindings
+            .values()
+            .filter(|binding| Arc::ptr_eq(&binding.region, region));
+        let bound = own.map(|binding| Segment {
+            region,
+            offsets: binding.offsets(),
+            gpa: Some(binding.gpa),
+        });
+        while run(&bound.clone().collect::<Vec<_>>(), to)?.is_some() {}
+        // What is bound is on its side now; the rest needs no attributes.
+        let all = Segment {
+            region,
+            offsets: region.range(0, region.size())?,
+            gpa: None,
+        };
+        while run(&[all], to)?.is_some() {}
+        Ok(())
     }
 
     /// Answers `KVM_EXIT_MEMORY_FAULT`: a vCPU touched `size` bytes at `gpa`
     /// as private, or as shared, and KVM has them on the other side. `Ok`
-    /// means that the vCPU may run on and touch them again.
+    /// means that the vCPU may run on and touch them again. To be called on
+    /// the vCPU's own thread.
     ///
     /// A software-protected guest does not say which side it means: KVM looks
     /// that up when the fault begins, and exits if it has changed before the
@@ -103,9 +133,22 @@ impl Vm {
     /// way. Source: `kvm_mmu_faultin_pfn()` in arch/x86/kvm/mmu/mmu.c.
     ///
     /// Memory that is not bound has no private side: it is made shared, in
-    /// case the end of a binding could not do so.
+    /// case the end of a binding could not do so. KVM has other reasons for
+    /// such an exit, which no retry removes, so that patience has an end.
     pub fn memory_fault(&self, gpa: u64, size: u64) -> Result<()> {
+        thread_local! {
+            static LAST: Cell<(u64, u64, u32)> = const { Cell::new((0, 0, 0)) };
+        }
         let fault = Range::new(gpa, size)?;
+        let generation = self.generation.load(Ordering::Relaxed);
+        let times = match LAST.get() {
+            (at, seen, times) if (at, seen) == (gpa, generation) => times + 1,
+            _ => 1,
+        };
+        LAST.set((gpa, generation, times));
+        if times > HOPELESS_FAULTS {
+            return Err(Error::HopelessFault { gpa });
+        }
         let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
         match resolve(&bindings, fault).is_empty() {
             true => self.set_attributes(fault, Side::Shared),
@@ -126,7 +169,7 @@ fn resolve(bindings: &BTreeMap<u64, Binding>, request: Range) -> Vec<Segment<'_>
             Some(Segment {
                 region: &binding.region,
                 offsets: gpa.rebase(binding.gpa.start(), binding.offset),
-                gpa,
+                gpa: Some(gpa),
             })
         })
         .collect()
@@ -137,11 +180,11 @@ fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
         return Ok(());
     }
     let mut covered = request.start();
-    for segment in segments {
-        if segment.gpa.start() != covered {
+    for gpa in segments.iter().filter_map(|segment| segment.gpa) {
+        if gpa.start() != covered {
             break;
         }
-        covered = segment.gpa.end();
+        covered = gpa.end();
     }
     if covered != request.end() {
         return Err(Error::NotPrivateCapable { gpa: covered });
@@ -149,21 +192,37 @@ fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
     Ok(())
 }
 
-fn convert(segments: &[Segment], to: Side) -> Result<()> {
+/// Converts `segments`, as far as one step goes; returns the first piece that
+/// is left for the next one.
+fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
-    changes(segments, to).try_for_each(|change| change.scrub(to))?;
-    for (done, change) in changes(segments, to).enumerate() {
+    let (pieces, rest) = step(changes(segments, to));
+    let step = || changes(segments, to).take(pieces);
+    step().try_for_each(|change| change.punch(to))?;
+    for (done, change) in step().enumerate() {
         if let Err(cause) = change.switch(to) {
-            return Err(undo(changes(segments, to).take(done), 0, to, cause));
+            return Err(undo(step().take(done), 0, to, cause));
         }
     }
-    for (done, change) in changes(segments, to).enumerate() {
+    for (done, change) in step().enumerate() {
         if let Err(cause) = change.punch(to.other()) {
-            return Err(undo(changes(segments, to), done, to, cause));
+            return Err(undo(step(), done, to, cause));
         }
     }
-    changes(segments, to).for_each(|change| change.publish(to));
-    Ok(())
+    step().for_each(|change| change.publish(to));
+    Ok(rest)
+}
+
+/// How many of `changes` make one step, and the one after them.
+fn step<'a>(mut changes: impl Iterator<Item = Segment<'a>>) -> (usize, Option<Segment<'a>>) {
+    let (mut pieces, mut bytes) = (0, 0);
+    let rest = changes.find(|change| {
+        bytes += change.offsets.len();
+        let last = pieces == STEP_PIECES || (bytes > STEP_BYTES && pieces > 0);
+        pieces += usize::from(!last);
+        last
+    });
+    (pieces, rest)
 }
 
 /// The pieces of a request that are not on `to` yet. They stay the same while
@@ -174,14 +233,17 @@ fn changes<'a>(segments: &[Segment<'a>], to: Side) -> impl Iterator<Item = Segme
     segments.iter().flat_map(move |s| s.changes(to))
 }
 
-/// Locks all segments in one order, so that two requests cannot wait for each
-/// other. Bindings never share a byte of a region, so no two segments overlap.
+/// Locks all segments, region by region in one order, so that two requests
+/// cannot wait for each other.
 fn lock<'a>(segments: &[Segment<'a>]) -> Vec<RangeGuard<'a>> {
     let mut ordered: Vec<_> = segments.to_vec();
-    ordered.sort_by_key(|s| (s.region.serial, s.offsets.start()));
+    ordered.sort_by_key(|s| s.region.serial);
     ordered
-        .iter()
-        .map(|s| s.region.lock.acquire(s.offsets))
+        .chunk_by(|a, b| a.region.serial == b.region.serial)
+        .map(|own| {
+            let ranges = own.iter().map(|s| s.offsets).collect();
+            own[0].region.lock.acquire(ranges)
+        })
         .collect()
 }
 
@@ -196,13 +258,18 @@ fn undo<'a>(
     let (mut contents_lost, mut stuck) = (0, 0);
     for (index, change) in switched.enumerate() {
         if change.switch(to.other()).is_ok() {
-            // What a vCPU wrote on the new side meanwhile must not come up again.
-            change.punch_in_undo(to);
-            contents_lost += if index < punched { change.gpa.len() } else { 0 };
+            // What a vCPU wrote on the new side meanwhile. If it cannot be freed
+            // now, the next conversion frees it before it can come up.
+            let _ = change.punch(to);
+            contents_lost += if index < punched {
+                change.offsets.len()
+            } else {
+                0
+            };
         } else {
-            change.punch_in_undo(to.other());
+            let _ = change.punch(to.other());
             change.publish(to);
-            stuck += change.gpa.len();
+            stuck += change.offsets.len();
         }
     }
     if contents_lost == 0 && stuck == 0 {
@@ -216,19 +283,19 @@ fn undo<'a>(
     }
 }
 
-/// Counts the request once for each region that it touches.
-fn count(segments: &[Segment], ok: bool) {
+/// Counts the request for each region of which it is done up to `end`.
+fn count(segments: &[Segment], end: u64, ok: bool) {
     let mut serials: Vec<u64> = Vec::new();
     for segment in segments {
         let region = segment.region;
-        if serials.contains(&region.serial) {
+        let open = segment.gpa.is_some_and(|gpa| gpa.end() > end);
+        if open || serials.contains(&region.serial) {
             continue;
         }
         serials.push(region.serial);
-        let counter = if ok {
-            &region.conversions
-        } else {
-            &region.failed
+        let counter = match ok {
+            true => &region.conversions,
+            false => &region.failed,
         };
         counter.fetch_add(1, Ordering::Relaxed);
     }

@@ -42,6 +42,12 @@ pub enum Error {
     #[error("region '{0}' already has a host mapping, or has private memory already")]
     MappingTooLate(String),
 
+    #[error(
+        "a vCPU faults again and again at guest-physical {gpa:#x}, while nothing is converted; \
+         the host's kernel log may say why"
+    )]
+    HopelessFault { gpa: u64 },
+
     /// The VM cannot have private memory; says what there is and what is missing.
     #[error("this VM has no private memory: {0}")]
     NoPrivateMemory(String),
@@ -65,6 +71,9 @@ pub enum Error {
         /// Bytes that the kernel would not move back; they are on the new side.
         stuck: u64,
     },
+
+    #[error("this host has pages of {0} bytes; the library is made for pages of 4096 bytes")]
+    HostPageSize(u64),
 
     #[error("internal error (panic): {0}")]
     Panic(String),
@@ -94,9 +103,10 @@ impl Error {
             Error::AlreadyBound { .. } => libc::EEXIST,
             Error::NotBound(_) | Error::NoSuchBinding { .. } => libc::ENOENT,
             Error::MappingTooLate(_) => libc::EBUSY,
-            Error::NoPrivateMemory(_) => libc::EOPNOTSUPP,
+            Error::NoPrivateMemory(_) | Error::HostPageSize(_) => libc::EOPNOTSUPP,
             Error::NoMemoryForState { .. } => libc::ENOMEM,
             Error::Kernel { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::HopelessFault { .. } => libc::EFAULT,
             Error::Undone { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,
         }

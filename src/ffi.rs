@@ -92,7 +92,8 @@ fn guard(body: impl FnOnce() -> Result<()>) -> c_int {
     });
     let Err(error) = result else { return 0 };
     let message = CString::new(error.to_string().replace('\0', "?")).unwrap_or_default();
-    LAST_ERROR.with_borrow_mut(|last| *last = message);
+    // A thread that is being torn down has no message any more.
+    let _ = LAST_ERROR.try_with(|last| last.replace(message));
     -error.errno()
 }
 
@@ -188,7 +189,7 @@ pub unsafe extern "C" fn privmem_vm_new_kvm(vm_fd: c_int, vm: *mut *mut privmem_
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn privmem_vm_new_emulated(vm: *mut *mut privmem_vm) -> c_int {
     // SAFETY: `vm` is as `put` wants it, by contract.
-    guard(|| unsafe { put_new(vm, privmem_vm(Vm::emulated()), "vm") })
+    guard(|| unsafe { put_new(vm, privmem_vm(Vm::emulated()?), "vm") })
 }
 
 /// Hands a new handle to C, as a Box that the matching free function takes back.
@@ -267,34 +268,43 @@ pub unsafe extern "C" fn privmem_vm_unbind(vm: *const privmem_vm, gpa: u64, size
     guard(|| unsafe { borrow(vm, "vm") }?.0.unbind(gpa, size))
 }
 
-/// Makes `size` bytes at guest-physical `gpa` private, or shared.
+/// Makes `size` bytes at guest-physical `gpa` private, or shared; or as many
+/// from the start as can be done in bounded time. `*done` receives the number
+/// of bytes done, never 0: repeat the call for the rest, if any, and let others
+/// run in between.
 ///
 /// What is on that side already stays as it is; what changes side reads zero
 /// afterwards. To become private the whole range must be bound; to become
 /// shared, what is not bound is passed over, as it is shared anyway (guests
 /// ask so for MMIO). The numbers come from the guest and may be anything.
 ///
-/// Any thread; may sleep. Requests for overlapping memory wait for each other.
+/// Any thread; may sleep. Requests for overlapping memory wait for each other,
+/// in order of arrival.
 ///
 /// Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
-/// bound; otherwise what the kernel returned. A request that failed is undone;
+/// bound; otherwise what the kernel returned. A call that failed is undone;
 /// where contents were lost or the kernel would not go back, the message says
 /// how many bytes.
 ///
 /// # Safety
-/// `vm` is NULL or a live handle.
+/// `vm` is NULL or a live handle; `done` is NULL or valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn privmem_vm_convert(
     vm: *const privmem_vm,
     gpa: u64,
     size: u64,
     to_private: bool,
+    done: *mut u64,
 ) -> c_int {
-    // SAFETY: a live handle or NULL, by contract.
     guard(|| {
-        unsafe { borrow(vm, "vm") }?
-            .0
-            .convert(gpa, size, side(to_private))
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        if done.is_null() {
+            return Err(null("done"));
+        }
+        let bytes = vm.0.convert(gpa, size, side(to_private))?;
+        // SAFETY: `done` is not NULL here, and valid for writing by contract.
+        unsafe { put(done, bytes, "done") }
     })
 }
 
@@ -302,11 +312,14 @@ pub unsafe extern "C" fn privmem_vm_convert(
 /// if the vCPU may run on and try again.
 ///
 /// A software-protected guest does not choose a side by its access: the fault
-/// met a conversion, or the end of a binding, half-way, and asks for none. Any
-/// thread; may sleep.
+/// met a conversion, or the end of a binding, half-way, and asks for none. May
+/// sleep.
 ///
-/// Errors: -EINVAL for a range that is unaligned, empty or wraps; what
-/// KVM_SET_MEMORY_ATTRIBUTES returned. No retry can help then.
+/// To be called on the vCPU's own thread, as it counts how often the same
+/// fault comes back.
+///
+/// Errors: -EINVAL for a range that is unaligned, empty or wraps; -EFAULT where
+/// trying again does not help; what KVM_SET_MEMORY_ATTRIBUTES returned.
 ///
 /// # Safety
 /// `vm` is NULL or a live handle.
@@ -413,6 +426,19 @@ unsafe fn store_fd(region: *const privmem_region, side: Side) -> c_int {
     if status < 0 { status } else { fd }
 }
 
+/// Makes all of a region shared again and frees its private pages, as at the
+/// reset of a machine. vCPUs do not run meanwhile. May sleep.
+///
+/// Errors: what the kernel returned; the region may be partly reset then.
+///
+/// # Safety
+/// `region` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_reset(region: *const privmem_region) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(region, "region") }?.0.reset())
+}
+
 /// Tells where the shared store is mapped, so that the emulated agent can map
 /// the visible store in its place. To be called once, before any conversion.
 ///
@@ -471,7 +497,7 @@ pub unsafe extern "C" fn privmem_region_host_access(
 
 /// State and memory of a region, from the kernel's own counts where it has
 /// them. `info_size` is `sizeof(struct privmem_info)` as the caller was
-/// compiled; later versions may append fields.
+/// compiled: later versions may append fields, and fill as many as there are.
 ///
 /// Any thread; takes no lock, so that figures taken while conversions run are
 /// of slightly different moments.
@@ -486,8 +512,9 @@ pub unsafe extern "C" fn privmem_region_info(
     info_size: usize,
 ) -> c_int {
     guard(|| {
-        if info_size < size_of::<privmem_info>() {
-            let text = format!("info_size {info_size} is too small");
+        // As long as there is one version of the struct, one size will do.
+        if info.is_null() || info_size < size_of::<privmem_info>() {
+            let text = format!("info is NULL or its size, {info_size}, too small");
             return Err(Error::InvalidArgument(text));
         }
         // SAFETY: a live handle or NULL, by contract.

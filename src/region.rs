@@ -1,7 +1,7 @@
 //! One memory backend: its stores, its state map, its range lock, its counters.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam::utils::CachePadded;
 
@@ -23,9 +23,6 @@ pub struct Region {
     private: Store,
     host: OnceLock<usize>,
     pub(crate) lock: RangeLock,
-    /// An undo could not free everything: a store may hold pages of granules
-    /// that are on the other side.
-    pub(crate) leftovers: AtomicBool,
     pub(crate) conversions: CachePadded<AtomicU64>,
     pub(crate) failed: CachePadded<AtomicU64>,
 }
@@ -71,7 +68,6 @@ impl Region {
             private,
             host: OnceLock::new(),
             lock: RangeLock::default(),
-            leftovers: AtomicBool::new(false),
             conversions: CachePadded::default(),
             failed: CachePadded::default(),
         }))
@@ -108,7 +104,7 @@ impl Region {
     /// The mapping has the region's size, belongs to the caller and outlives
     /// every conversion of this region.
     pub unsafe fn set_host_mapping(&self, host: usize) -> Result<()> {
-        let _held = self.lock.acquire(self.size);
+        let _held = self.lock.acquire(vec![self.size]);
         let late = || Error::MappingTooLate(self.name.clone());
         if self.state.count_private(self.size.granules()) != 0 {
             return Err(late());
@@ -143,6 +139,12 @@ impl Region {
         (run.side == Side::Shared, run_end - offset)
     }
 
+    /// Back to the initial state: all shared, no private page kept. For the
+    /// reset of a machine, whose vCPUs do not run meanwhile.
+    pub fn reset(self: &Arc<Region>) -> Result<()> {
+        self.vm.convert_region(self, Side::Shared)
+    }
+
     /// State and memory of this region. Takes no lock: while conversions run,
     /// the figures are of slightly different moments.
     pub fn info(&self) -> Info {
@@ -168,12 +170,16 @@ impl Region {
             .or_else(|| is_memfd.then(|| store.blocks()).flatten())
     }
 
+    /// Asks the kernel once a run: not told where a guest has made so many
+    /// runs that asking would take long.
     fn held_twice(&self) -> Option<u64> {
+        const MANY: usize = 1 << 16;
         self.state
             .runs(self.size.granules())
-            .map(|run| {
+            .enumerate()
+            .map(|(number, run)| {
                 let left = self.store(run.side.other());
-                left.held(Range::from_granules(run.granules))
+                (number < MANY).then(|| left.held(Range::from_granules(run.granules)))?
             })
             .sum()
     }
@@ -185,42 +191,96 @@ impl Region {
 }
 
 /// Keeps conversions of overlapping ranges apart and lets others run together.
+/// First come, first served: many small requests cannot hold off a large one.
+/// Scans its waiters, which are as many as there are vCPUs at most.
 #[derive(Default)]
 pub struct RangeLock {
-    held: Mutex<Vec<Range>>,
+    queue: Mutex<Queue>,
     released: Condvar,
 }
 
-/// Holds a range of a [`RangeLock`] until dropped.
+/// Who holds or waits for which ranges, in order of arrival.
+#[derive(Default)]
+struct Queue {
+    arrived: u64,
+    tickets: Vec<(u64, Vec<Range>)>,
+}
+
+/// Holds ranges of a [`RangeLock`] until dropped.
 pub struct RangeGuard<'a> {
     lock: &'a RangeLock,
-    range: Range,
+    ticket: u64,
+}
+
+impl Queue {
+    fn is_blocked(&self, ticket: u64) -> bool {
+        let own = self.tickets.iter().position(|(other, _)| *other == ticket);
+        let (earlier, rest) = self.tickets.split_at(own.unwrap_or(0));
+        let wanted = rest.first().map_or(&[][..], |(_, ranges)| ranges);
+        let overlaps = |held: &Range| wanted.iter().any(|range| range.overlaps(held));
+        earlier.iter().any(|(_, held)| held.iter().any(overlaps))
+    }
 }
 
 impl RangeLock {
-    /// Waits until nobody holds any part of `range`.
-    pub fn acquire(&self, range: Range) -> RangeGuard<'_> {
-        // Poison is no concern: the list is whole at every point that can panic.
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        while held.iter().any(|other| other.overlaps(&range)) {
-            held = self
+    /// Waits until nobody who came earlier holds, or waits for, any part of
+    /// `ranges`. All of a request at once: one that waited with a part in hand
+    /// could be waited for by whom it waits for.
+    pub fn acquire(&self, ranges: Vec<Range>) -> RangeGuard<'_> {
+        let mut queue = self.queue();
+        let ticket = queue.arrived;
+        queue.arrived += 1;
+        queue.tickets.push((ticket, ranges));
+        while queue.is_blocked(ticket) {
+            queue = self
                 .released
-                .wait(held)
+                .wait(queue)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        held.push(range);
-        RangeGuard { lock: self, range }
+        RangeGuard { lock: self, ticket }
+    }
+
+    /// Poison is no concern: the queue is whole at every point that can panic.
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        let mut held = self
-            .lock
-            .held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        held.retain(|range| *range != self.range);
+        let tickets = &mut self.lock.queue().tickets;
+        tickets.retain(|(ticket, _)| *ticket != self.ticket);
         self.lock.released.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn who_waits_for_much_is_not_overtaken_by_who_wants_little() {
+        let lock = RangeLock::default();
+        let range = |granules| Range::new(0, granules * GRANULE).unwrap();
+        let order = Mutex::new(Vec::new());
+        let waiting = |count| {
+            while lock.queue().tickets.len() < count {
+                thread::yield_now();
+            }
+        };
+        let first = lock.acquire(vec![range(1)]);
+        thread::scope(|scope| {
+            let take = |granules| {
+                let _guard = lock.acquire(vec![range(granules)]);
+                order.lock().unwrap().push(granules);
+            };
+            scope.spawn(move || take(8));
+            waiting(2);
+            scope.spawn(move || take(1));
+            waiting(3);
+            drop(first);
+        });
+        assert_eq!(*order.lock().unwrap(), [8, 1]);
     }
 }

@@ -13,7 +13,7 @@ use kvm_bindings::{
 
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Linux};
-use crate::range::Range;
+use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::Side;
 use crate::store::retry;
@@ -49,6 +49,9 @@ pub struct Vm {
     /// when memory slots change.
     pub(crate) bindings: ShardedLock<BTreeMap<u64, Binding>>,
     serials: AtomicU64,
+    /// Changes with every request, so that a fault that comes back can tell
+    /// whether one may have been in its way.
+    pub(crate) generation: AtomicU64,
 }
 
 impl Vm {
@@ -61,8 +64,8 @@ impl Vm {
     }
 
     /// A VM with the emulated trust agent, which protects nothing.
-    pub fn emulated() -> Arc<Vm> {
-        Vm::new(Arc::new(Linux), Agent::Emulated)
+    pub fn emulated() -> Result<Arc<Vm>> {
+        Vm::with_kernel(Arc::new(Linux), None)
     }
 
     /// As [`Vm::with_kvm`] (with a VM fd) or [`Vm::emulated`] (without), on a
@@ -71,20 +74,25 @@ impl Vm {
         kernel: Arc<dyn Kernel>,
         fd: Option<BorrowedFd<'static>>,
     ) -> Result<Arc<Vm>> {
-        let Some(fd) = fd else {
-            return Ok(Vm::new(kernel, Agent::Emulated));
+        // SAFETY: sysconf touches no memory of ours.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+        if page != GRANULE {
+            return Err(Error::HostPageSize(page));
+        }
+        let agent = match fd {
+            None => Agent::Emulated,
+            Some(fd) => {
+                check_capabilities(kernel.as_ref(), fd)?;
+                Agent::SwProtected(fd)
+            }
         };
-        check_capabilities(kernel.as_ref(), fd)?;
-        Ok(Vm::new(kernel, Agent::SwProtected(fd)))
-    }
-
-    fn new(kernel: Arc<dyn Kernel>, agent: Agent) -> Arc<Vm> {
-        Arc::new(Vm {
+        Ok(Arc::new(Vm {
             kernel,
             agent,
             bindings: ShardedLock::default(),
             serials: AtomicU64::new(0),
-        })
+            generation: AtomicU64::new(0),
+        }))
     }
 
     pub(crate) fn next_serial(&self) -> u64 {
@@ -154,8 +162,8 @@ impl Vm {
         bindings.retain(|_, binding| {
             let keep = !Arc::ptr_eq(&binding.region, region);
             if !keep {
-                // The attributes of a range without a slot have no effect, and
-                // `apply_state` sets both sides where the next one comes.
+                // A range that could not be cleared is cleared by the next
+                // binding there, or by the first fault.
                 let _ = self.clear_state(binding);
             }
             keep
@@ -174,26 +182,24 @@ impl Vm {
 
     /// Makes KVM's attributes agree with the state map; all shared on failure.
     fn apply_state(&self, binding: &Binding) -> Result<()> {
-        let Agent::SwProtected(_) = self.agent else {
-            return Ok(());
-        };
         let offsets = binding.offsets();
-        for run in binding.region.state.runs(offsets.granules()) {
-            let run_offsets = Range::from_granules(run.granules);
-            let gpa = run_offsets.rebase(binding.offset, binding.gpa.start());
-            if let Err(e) = self.set_attributes(gpa, run.side) {
-                let _ = self.clear_state(binding);
-                return Err(e);
-            }
+        let applied = binding
+            .region
+            .state
+            .runs(offsets.granules())
+            .try_for_each(|run| {
+                let run_offsets = Range::from_granules(run.granules);
+                let gpa = run_offsets.rebase(binding.offset, binding.gpa.start());
+                self.set_attributes(gpa, run.side)
+            });
+        if applied.is_err() {
+            let _ = self.clear_state(binding);
         }
-        Ok(())
+        applied
     }
 
     fn clear_state(&self, binding: &Binding) -> Result<()> {
-        match self.agent {
-            Agent::SwProtected(_) => self.set_attributes(binding.gpa, Side::Shared),
-            Agent::Emulated => Ok(()),
-        }
+        self.set_attributes(binding.gpa, Side::Shared)
     }
 
     /// `KVM_SET_MEMORY_ATTRIBUTES`; nothing to do for the emulated agent.
@@ -210,27 +216,34 @@ impl Vm {
     }
 
     /// Makes `side` what is reachable of `offsets`, which the guest sees at
-    /// `gpa`; every translation of the other side is gone on return.
+    /// `gpa` if anywhere; every translation of the other side is gone on return.
     pub(crate) fn switch(
         &self,
         region: &Region,
         offsets: Range,
-        gpa: Range,
+        gpa: Option<Range>,
         side: Side,
     ) -> Result<()> {
-        match (&self.agent, region.host_mapping()) {
-            (Agent::SwProtected(_), _) => self.set_attributes(gpa, side),
-            (Agent::Emulated, None) => Ok(()),
-            (Agent::Emulated, Some(host)) => {
-                let at = host + offsets.start() as usize;
-                let fd = region.store(side).fd();
-                // SAFETY: `set_host_mapping` promised a mapping of the whole
-                // region that is ours to replace while conversions run, and
-                // `offsets` lies within the region.
-                retry(|| unsafe { self.kernel.map_fixed(at, fd, offsets) })
-                    .map_err(|e| Error::kernel("mmap", e))
-            }
+        match (&self.agent, gpa, region.host_mapping()) {
+            (Agent::SwProtected(_), Some(gpa), _) => self.set_attributes(gpa, side),
+            (Agent::SwProtected(_), None, _) | (Agent::Emulated, _, None) => Ok(()),
+            (Agent::Emulated, _, Some(host)) => self
+                .map(region, host, offsets, side)
+                // Some kernels unmap the old side before they find that they
+                // cannot map the new one.
+                .inspect_err(|_| drop(self.map(region, host, offsets, side.other()))),
         }
+    }
+
+    /// Maps `side` of `offsets` in its place in the VMM's mapping at `host`.
+    fn map(&self, region: &Region, host: usize, offsets: Range, side: Side) -> Result<()> {
+        let at = host + offsets.start() as usize;
+        let fd = region.store(side).fd();
+        // SAFETY: `set_host_mapping` promised a mapping of the whole region
+        // that is ours to replace while conversions run, and `offsets` lies
+        // within the region.
+        retry(|| unsafe { self.kernel.map_fixed(at, fd, offsets) })
+            .map_err(|e| Error::kernel("mmap", e))
     }
 }
 

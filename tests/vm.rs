@@ -12,7 +12,7 @@ fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
     let kernel = Model::new();
     let vm = kernel.vm();
     let region = Region::new(&vm, "ram0", granules * GRANULE).unwrap();
-    vm.bind(&region, 0, 0, granules * GRANULE).unwrap();
+    kernel.bind(&region, &vm, 0, 0, granules);
     (kernel, vm, region)
 }
 
@@ -31,7 +31,7 @@ fn a_vm_without_private_memory_is_refused_with_what_there_is() {
 
 #[test]
 fn a_region_has_a_size_of_whole_granules() {
-    let vm = Vm::emulated();
+    let vm = Vm::emulated().unwrap();
     for (size, word) in [
         (0, "not be 0"),
         (GRANULE + 1, "multiple"),
@@ -142,4 +142,89 @@ fn vcpus_may_convert_at_once() {
         assert!(private.contains(&(own * 64 + 48)));
     }
     assert_eq!(region.info().failed_conversions, 0);
+    kernel.assert_rules();
+}
+
+#[test]
+fn slots_may_change_while_vcpus_convert() {
+    let (kernel, vm, region) = vm_with_region(16);
+    thread::scope(|scope| {
+        for start in [0, 4] {
+            let vm = &vm;
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let side = [Side::Private, Side::Shared][round % 2];
+                    match vm.convert(start * GRANULE, 8 * GRANULE, side) {
+                        Ok(_) | Err(Error::NotPrivateCapable { .. }) => {}
+                        Err(e) => panic!("{e}"),
+                    }
+                }
+            });
+        }
+        for _ in 0..100 {
+            vm.unbind(0, 16 * GRANULE).unwrap();
+            vm.bind(&region, 0, 0, 16 * GRANULE).unwrap();
+        }
+    });
+    let private = kernel.pages().private;
+    for gpa in 0..16 {
+        let run = region.runs(gpa * GRANULE, GRANULE).unwrap().next();
+        assert_eq!(run.unwrap().side == Side::Private, private.contains(&gpa));
+    }
+    kernel.assert_rules();
+}
+
+/// Makes every other granule private.
+fn fragment(vm: &Vm, granules: u64) {
+    for granule in (0..granules).step_by(2) {
+        vm.convert(granule * GRANULE, GRANULE, Side::Private)
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_long_request_goes_in_steps_and_counts_once() {
+    const GRANULES: u64 = 20_000;
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "ram0", GRANULES * GRANULE).unwrap();
+    vm.bind(&region, 0, 0, GRANULES * GRANULE).unwrap();
+    fragment(&vm, GRANULES);
+    let before = region.info().conversions;
+    let (mut done, mut steps) = (0, 0);
+    while done < GRANULES * GRANULE {
+        let step = vm.convert(done, GRANULES * GRANULE - done, Side::Shared);
+        done += step.unwrap();
+        steps += 1;
+        assert_eq!(region.info().private, region.size() / 2 - done / 2);
+    }
+    assert!(steps > 1);
+    assert_eq!(region.info().conversions, before + 1);
+}
+
+#[test]
+fn reset_makes_all_shared_whether_bound_or_not() {
+    let (kernel, vm, region) = vm_with_region(16);
+    fragment(&vm, 16);
+    for granule in (0..16).step_by(2) {
+        kernel.touch(&region, Side::Private, granule);
+    }
+    vm.unbind(0, 16 * GRANULE).unwrap();
+    vm.bind(&region, 0, 0, 8 * GRANULE).unwrap();
+    region.reset().unwrap();
+    let info = region.info();
+    assert_eq!((info.private, info.private_held), (0, Some(0)));
+    assert!(kernel.pages().private.is_empty());
+}
+
+#[test]
+fn a_fault_that_nothing_explains_is_given_up() {
+    let (_, vm, _region) = vm_with_region(8);
+    let fault = || vm.memory_fault(GRANULE, GRANULE);
+    let times = (0..10_000).take_while(|_| fault().is_ok()).count();
+    assert_eq!(times, 1000);
+    assert!(matches!(fault(), Err(Error::HopelessFault { .. })));
+    // A conversion explains it, and starts the count anew.
+    vm.convert(0, GRANULE, Side::Private).unwrap();
+    fault().unwrap();
 }

@@ -37,6 +37,21 @@ static bool all_are(const unsigned char *page, int value)
     return true;
 }
 
+/* All of a request, step by step. */
+static int convert(const struct privmem_vm *vm, uint64_t gpa, uint64_t size,
+                   bool to_private)
+{
+    uint64_t step = 0;
+    int ret;
+
+    do {
+        ret = privmem_vm_convert(vm, gpa, size, to_private, &step);
+        gpa += step;
+        size -= step;
+    } while (ret == 0 && size != 0);
+    return ret;
+}
+
 static void null_is_an_error(void)
 {
     struct privmem_vm *vm = NULL;
@@ -51,12 +66,13 @@ static void null_is_an_error(void)
     CHECK(privmem_vm_new_kvm(-1, &vm) == -EINVAL && vm == NULL);
     CHECK(privmem_vm_bind(NULL, NULL, 0, 0, PAGE) == -EINVAL);
     CHECK(privmem_vm_unbind(NULL, 0, PAGE) == -EINVAL);
-    CHECK(privmem_vm_convert(NULL, 0, PAGE, true) == -EINVAL);
+    CHECK(privmem_vm_convert(NULL, 0, PAGE, true, &len) == -EINVAL);
     CHECK(privmem_vm_memory_fault(NULL, 0, PAGE) == -EINVAL);
     CHECK(privmem_region_new(NULL, "r", PAGE, &region) == -EINVAL);
     CHECK(privmem_region_shared_fd(NULL) == -EINVAL);
     CHECK(privmem_region_private_fd(NULL) == -EINVAL);
     CHECK(privmem_region_set_host_mapping(NULL, text) == -EINVAL);
+    CHECK(privmem_region_reset(NULL) == -EINVAL);
     CHECK(!privmem_region_host_access(NULL, 0, &len));
     CHECK(privmem_region_info(NULL, &info, sizeof(info)) == -EINVAL);
     CHECK(privmem_region_picture(NULL, text, sizeof(text)) == -EINVAL);
@@ -73,7 +89,7 @@ static void *convert_own_part(void *vm)
                    16 * PAGE;
 
     for (int i = 0; i < 200; i++) {
-        CHECK(privmem_vm_convert(vm, gpa, 16 * PAGE, i % 2 == 0) == 0);
+        CHECK(convert(vm, gpa, 16 * PAGE, i % 2 == 0) == 0);
     }
     return NULL;
 }
@@ -129,17 +145,18 @@ int main(void)
     CHECK(privmem_region_binding(region, 1, &binding) == -ENOENT);
 
     memset(host, 7, PAGES * PAGE);
-    CHECK(privmem_vm_convert(vm, 4 * PAGE, 2 * PAGE, true) == 0);
+    CHECK(convert(vm, 4 * PAGE, 2 * PAGE, true) == 0);
     CHECK(all_are(host + 3 * PAGE, 7) && all_are(host + 4 * PAGE, 0));
     CHECK(all_are(host + 5 * PAGE, 0) && all_are(host + 6 * PAGE, 7));
 
-    CHECK(privmem_vm_convert(vm, 1, PAGE, true) == -EINVAL);
-    CHECK(privmem_vm_convert(vm, 0, 0, true) == -EINVAL);
-    CHECK(privmem_vm_convert(vm, UINT64_MAX - PAGE + 1, PAGE, false) ==
+    CHECK(privmem_vm_convert(vm, 0, PAGE, true, NULL) == -EINVAL);
+    CHECK(convert(vm, 1, PAGE, true) == -EINVAL);
+    CHECK(convert(vm, 0, 0, true) == -EINVAL);
+    CHECK(convert(vm, UINT64_MAX - PAGE + 1, PAGE, false) ==
           -EINVAL);
-    CHECK(privmem_vm_convert(vm, PAGES * PAGE, PAGE, true) == -EINVAL);
+    CHECK(convert(vm, PAGES * PAGE, PAGE, true) == -EINVAL);
     CHECK(strstr(privmem_last_error(), "0x40000"));
-    CHECK(privmem_vm_convert(vm, PAGES * PAGE, PAGE, false) == 0);
+    CHECK(convert(vm, PAGES * PAGE, PAGE, false) == 0);
 
     CHECK(privmem_region_next_run(region, 0, &run) == 0);
     CHECK(run.size == 4 * PAGE && !run.is_private);
@@ -158,6 +175,10 @@ int main(void)
     CHECK(privmem_region_picture(region, picture, 1) == -EINVAL);
 
     convert_in_threads(vm);
+    CHECK(convert(vm, 0, PAGES * PAGE, true) == 0);
+    CHECK(privmem_region_reset(region) == 0);
+    CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
+    CHECK(info.private_bytes == 0);
     CHECK(privmem_vm_unbind(vm, 0, PAGE) == -ENOENT);
     CHECK(privmem_vm_unbind(vm, 0, PAGES * PAGE) == 0);
 

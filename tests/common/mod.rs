@@ -3,10 +3,13 @@
 
 #![allow(dead_code)] // every test file uses a part of it
 
+pub mod mapped;
+
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use privmem::kernel::{Kernel, Linux};
@@ -30,9 +33,25 @@ pub struct Pages {
     pub held: HashMap<RawFd, BTreeSet<u64>>,
 }
 
+/// A granule of a region that the guest sees, for the model to relate pages
+/// to attributes.
+struct Place {
+    gpa: u64,
+    granule: u64,
+    shared: RawFd,
+    private: RawFd,
+}
+
 pub struct Model {
     pages: Mutex<Pages>,
     fail: Mutex<(Fail, usize)>,
+    places: Mutex<Vec<Place>>,
+    /// Guest-physical granules whose attributes are being set.
+    busy: Mutex<BTreeSet<u64>>,
+    /// The guest touches memory as soon as it changes side.
+    pub guest_touches: AtomicBool,
+    /// Rules that the library broke.
+    broken: Mutex<Vec<String>>,
     pub attributes: u32,
     pub guest_memfd: u32,
 }
@@ -42,6 +61,10 @@ impl Model {
         Arc::new(Model {
             pages: Mutex::default(),
             fail: Mutex::new((Fail::Never, 0)),
+            places: Mutex::default(),
+            busy: Mutex::default(),
+            guest_touches: AtomicBool::new(false),
+            broken: Mutex::default(),
             attributes: 8,
             guest_memfd: 1,
         })
@@ -50,6 +73,53 @@ impl Model {
     /// A VM on this model. Its "VM fd" is only a number to the model.
     pub fn vm(self: &Arc<Model>) -> Arc<Vm> {
         Vm::with_kernel(self.clone(), Some(stand_in_fd())).unwrap()
+    }
+
+    /// Binds `granules` of `region` from `first` at guest granule `gpa`.
+    pub fn bind(&self, region: &Arc<Region>, vm: &Vm, first: u64, gpa: u64, granules: u64) {
+        let (offset, at, size) = (first * GRANULE, gpa * GRANULE, granules * GRANULE);
+        vm.bind(region, offset, at, size).unwrap();
+        let fd = |side| region.store(side).fd().as_raw_fd();
+        let places = (0..granules).map(|n| Place {
+            gpa: gpa + n,
+            granule: first + n,
+            shared: fd(Side::Shared),
+            private: fd(Side::Private),
+        });
+        self.places.lock().unwrap().extend(places);
+    }
+
+    /// Fails the test if a rule was broken.
+    pub fn assert_rules(&self) {
+        assert_eq!(*self.broken.lock().unwrap(), Vec::<String>::new());
+    }
+
+    fn broke(&self, rule: String) {
+        self.broken.lock().unwrap().push(rule);
+    }
+
+    /// Pages are freed only when the guest cannot reach them any more.
+    fn check_punch(&self, pages: &Pages, fd: RawFd, offsets: Range) {
+        for place in self.places.lock().unwrap().iter() {
+            let reachable = match pages.private.contains(&place.gpa) {
+                true => place.private,
+                false => place.shared,
+            };
+            let held = pages.held.get(&fd);
+            let holds = held.is_some_and(|held| held.contains(&place.granule));
+            if reachable == fd && holds && granules(offsets).contains(&place.granule) {
+                self.broke(format!("granule {} freed while mapped", place.granule));
+            }
+        }
+    }
+
+    fn guest_touch(&self, pages: &mut Pages, gpa: Range, attributes: u64) {
+        for place in self.places.lock().unwrap().iter() {
+            if granules(gpa).contains(&place.gpa) {
+                let fd = [place.shared, place.private][usize::from(attributes != 0)];
+                pages.held.entry(fd).or_default().insert(place.granule);
+            }
+        }
     }
 
     pub fn set_fail(&self, fail: Fail) {
@@ -110,13 +180,26 @@ impl Kernel for Model {
     }
 
     fn set_memory_attributes(&self, _: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()> {
-        self.call()?;
-        let mut pages = self.pages.lock().unwrap();
-        match attributes {
-            0 => pages.private.retain(|g| !granules(gpa).contains(g)),
-            _ => pages.private.extend(granules(gpa)),
+        for granule in granules(gpa) {
+            if !self.busy.lock().unwrap().insert(granule) {
+                self.broke(format!("granule {granule} set by two at once"));
+            }
         }
-        Ok(())
+        // Let others come in between, so that missing locks show.
+        std::thread::yield_now();
+        let result = self.call().map(|()| {
+            let mut pages = self.pages.lock().unwrap();
+            match attributes {
+                0 => pages.private.retain(|g| !granules(gpa).contains(g)),
+                _ => pages.private.extend(granules(gpa)),
+            }
+            if self.guest_touches.load(Ordering::Relaxed) {
+                self.guest_touch(&mut pages, gpa, attributes);
+            }
+        });
+        let mut busy = self.busy.lock().unwrap();
+        busy.retain(|granule| !granules(gpa).contains(granule));
+        result
     }
 
     fn create_memfd(&self, name: &CStr, _: u64) -> io::Result<OwnedFd> {
@@ -127,6 +210,7 @@ impl Kernel for Model {
     fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
         self.call()?;
         let mut pages = self.pages.lock().unwrap();
+        self.check_punch(&pages, fd.as_raw_fd(), offsets);
         let held = pages.held.entry(fd.as_raw_fd()).or_default();
         held.retain(|g| !granules(offsets).contains(g));
         Ok(())

@@ -10,6 +10,7 @@
 #include "qemu/osdep.h"
 #include <privmem.h>
 #include "qapi/error.h"
+#include "qemu/error-report.h"
 #include "qemu/module.h"
 #include "qemu/units.h"
 #include "qom/object_interfaces.h"
@@ -17,6 +18,7 @@
 #include "migration/blocker.h"
 #include "system/kvm.h"
 #include "system/private-memory.h"
+#include "system/reset.h"
 
 OBJECT_DECLARE_SIMPLE_TYPE(HostMemoryBackendPrivate, MEMORY_BACKEND_PRIVATE)
 
@@ -117,9 +119,9 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
                                         backend->size, ram_flags, fd, 0,
                                         errp)) {
         close(fd);
-        error_prepend(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': no memory for "
-                      "the shared store of property 'size' (%" PRIu64 "), use "
-                      "a smaller one: ", id, backend->size);
+        error_prepend(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot map "
+                      "property 'size' (%" PRIu64 ") of shared memory, use a "
+                      "smaller one: ", id, backend->size);
         return false;
     }
     backend->aligned = true;
@@ -131,6 +133,18 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
     }
     backend->mr.ram_block->privmem = m->region;
     return true;
+}
+
+/* Comes before ROMs and firmware are put into RAM again. */
+static void private_backend_reset(void *opaque)
+{
+    HostMemoryBackendPrivate *m = opaque;
+
+    if (privmem_region_reset(m->region)) {
+        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be reset: %s",
+                     object_get_canonical_path_component(OBJECT(m)),
+                     privmem_last_error());
+    }
 }
 
 static bool private_backend_memory_alloc(HostMemoryBackend *backend,
@@ -155,8 +169,12 @@ static bool private_backend_memory_alloc(HostMemoryBackend *backend,
                    privmem_last_error());
         return false;
     }
-    return private_backend_block(m, id, errp) &&
-           private_backend_map(m, id, errp);
+    if (!private_backend_block(m, id, errp) ||
+        !private_backend_map(m, id, errp)) {
+        return false;
+    }
+    qemu_register_reset(private_backend_reset, m);
+    return true;
 }
 
 static bool private_backend_get_emulate(Object *o, Error **errp)
@@ -184,6 +202,7 @@ static void private_backend_instance_finalize(Object *obj)
 {
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
 
+    qemu_unregister_reset(private_backend_reset, m);
     if (m->discard_required) {
         ram_block_discard_require(false);
     }

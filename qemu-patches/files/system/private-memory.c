@@ -20,7 +20,7 @@
 #include "monitor/hmp.h"
 #include "monitor/monitor.h"
 #include "qom/object_interfaces.h"
-#include "system/kvm.h"
+#include "system/accel-blocker.h"
 #include "system/private-memory.h"
 #include "trace.h"
 
@@ -57,7 +57,7 @@ static void emulated_region_add(MemoryListener *listener,
                         section->offset_within_region, gpa,
                         int128_get64(section->size))) {
         /* A second view of RAM, such as SMRAM: conversions use the first. */
-        trace_private_memory_unbound(gpa, privmem_last_error());
+        trace_emulated_region_add(gpa, privmem_last_error());
     }
 }
 
@@ -103,8 +103,8 @@ int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
                             hwaddr size)
 {
     if (privmem_vm_bind(privmem_vm, block->privmem, offset, gpa, size)) {
-        warn_report("%s at 0x%" HWADDR_PRIx " stays shared: %s", block->idstr,
-                    gpa, privmem_last_error());
+        error_report_once("%s at 0x%" HWADDR_PRIx " cannot be a memory slot: "
+                          "%s", block->idstr, gpa, privmem_last_error());
         return -1;
     }
     return privmem_region_private_fd(block->privmem);
@@ -113,8 +113,8 @@ int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
 void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size)
 {
     if (privmem_vm_unbind(privmem_vm, gpa, size)) {
-        warn_report("%s at 0x%" HWADDR_PRIx ": %s", block->idstr, gpa,
-                    privmem_last_error());
+        warn_report_once("%s at 0x%" HWADDR_PRIx ": %s", block->idstr, gpa,
+                         privmem_last_error());
     }
 }
 
@@ -142,15 +142,29 @@ static void invalidate_code(hwaddr gpa, uint64_t size)
 int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
                            Error **errp)
 {
-    int ret = privmem_vm_convert(privmem_vm, gpa, size, to_private);
+    uint64_t done = 0, step = 0;
+    int ret;
+
+    do {
+        /* Slots that are made anew in between would lose the request. */
+        accel_ioctl_begin();
+        ret = privmem_vm_convert(privmem_vm, gpa + done, size - done,
+                                 to_private, &step);
+        accel_ioctl_end();
+        done += ret ? 0 : step;
+    } while (!ret && done < size);
 
     trace_private_memory_convert(gpa, size, to_private, ret);
+    if (privmem_emulated && done) {
+        invalidate_code(gpa, done);
+    }
     if (ret) {
         error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s: %s",
                    gpa, size, to_private ? "private" : "shared",
                    privmem_last_error());
-    } else if (privmem_emulated) {
-        invalidate_code(gpa, size);
+        if (done) {
+            error_append_hint(errp, "0x%" PRIx64 " bytes are done.\n", done);
+        }
     }
     return ret;
 }
@@ -168,12 +182,16 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
 
 int private_memory_fault(hwaddr gpa, uint64_t size)
 {
-    int ret = privmem_vm_memory_fault(privmem_vm, gpa, size);
+    int ret;
+
+    accel_ioctl_begin();
+    ret = privmem_vm_memory_fault(privmem_vm, gpa, size);
+    accel_ioctl_end();
 
     trace_private_memory_fault(gpa, size, ret);
     if (ret) {
-        error_report("the guest touched memory at 0x%" HWADDR_PRIx " that KVM "
-                     "cannot provide: %s", gpa, privmem_last_error());
+        error_report("KVM cannot provide guest memory at 0x%" HWADDR_PRIx
+                     ": %s", gpa, privmem_last_error());
     }
     return ret;
 }
@@ -186,7 +204,7 @@ bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
 
 bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp)
 {
-    hwaddr end = gpa + size;
+    hwaddr end = size > UINT64_MAX - gpa ? UINT64_MAX : gpa + size;
 
     while (private_memory_enabled() && gpa < end) {
         MemoryRegionSection section = memory_region_find(get_system_memory(),

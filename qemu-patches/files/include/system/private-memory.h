@@ -50,6 +50,7 @@ bool private_memory_enabled(void);
 /*
  * Converts guest-physical memory. 0, or a negative errno and @errp. Any
  * thread, with or without the BQL; with the emulated agent, with the BQL.
+ * Keeps memory slots as they are for one step of a long request at a time.
  */
 int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
                            Error **errp);
@@ -69,8 +70,8 @@ int private_memory_fault(hwaddr gpa, uint64_t size);
 
 /*
  * A memory slot for @size bytes of @block, from @offset, is about to appear at
- * @gpa. Returns the fd that goes into the slot, or -1 for a slot that cannot
- * be private.
+ * @gpa. Returns the fd that goes into the slot, or -1 where there must be no
+ * slot: the guest's accesses then come to QEMU, one by one.
  */
 int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
                             hwaddr size);
@@ -109,6 +110,28 @@ static inline bool private_memory_host_access(MemoryRegion *mr, hwaddr offset,
 }
 
 #else /* !CONFIG_PRIVATE_MEMORY */
+
+static inline void private_memory_set_kvm_vm(int vm_fd)
+{
+}
+
+static inline bool private_memory_enabled(void)
+{
+    return false;
+}
+
+static inline bool memory_region_is_private_capable(const MemoryRegion *mr)
+{
+    return false;
+}
+
+/* Never called, as nothing is enabled; the compiler drops the callers. */
+uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
+                                  bool to_private);
+int private_memory_fault(hwaddr gpa, uint64_t size);
+int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
+                            hwaddr size);
+void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);
 
 static inline bool private_memory_check_host_access(hwaddr gpa, uint64_t size,
                                                     Error **errp)

@@ -30,14 +30,15 @@ struct SwProtectedGuest {
 static int sw_protected_kvm_init(ConfidentialGuestSupport *cgs, Error **errp)
 {
     X86MachineState *x86ms = X86_MACHINE(qdev_get_machine());
+    const char *id = object_get_canonical_path_component(OBJECT(cgs));
 
     /*
      * SMRAM is a second view of RAM, and KVM binds each place of a guest_memfd
      * to one slot only.
      */
     if (x86ms->smm == ON_OFF_AUTO_ON) {
-        error_setg(errp, TYPE_SW_PROTECTED_GUEST " does not support SMM: "
-                   "use -machine smm=off");
+        error_setg(errp, TYPE_SW_PROTECTED_GUEST " '%s' does not support "
+                   "SMM: use -machine smm=off", id);
         return -EINVAL;
     }
     x86ms->smm = ON_OFF_AUTO_OFF;
@@ -46,9 +47,9 @@ static int sw_protected_kvm_init(ConfidentialGuestSupport *cgs, Error **errp)
         return -EOPNOTSUPP;
     }
     if (!kvm_enable_hypercall(BIT_ULL(KVM_HC_MAP_GPA_RANGE))) {
-        error_setg(errp, TYPE_SW_PROTECTED_GUEST " needs a KVM with "
+        error_setg(errp, TYPE_SW_PROTECTED_GUEST " '%s' needs a KVM with "
                    "KVM_CAP_EXIT_HYPERCALL for KVM_HC_MAP_GPA_RANGE: "
-                   "use a newer host kernel");
+                   "use a newer host kernel", id);
         return -EOPNOTSUPP;
     }
     cgs->ready = true;
@@ -61,6 +62,7 @@ static const char *const vm_type_names[] = {
 
 static int sw_protected_kvm_type(X86ConfidentialGuest *cg)
 {
+    KVMState *s = KVM_STATE(current_machine->accelerator);
     g_autoptr(GString) types = g_string_new(NULL);
 
     if (!kvm_is_vm_type_supported(KVM_X86_SW_PROTECTED_VM)) {
@@ -69,10 +71,15 @@ static int sw_protected_kvm_type(X86ConfidentialGuest *cg)
                 g_string_append_printf(types, " %s (%d)", vm_type_names[i], i);
             }
         }
-        error_report(TYPE_SW_PROTECTED_GUEST " needs KVM VM type sw-protected "
-                     "(%d); this host's KVM has:%s; use a host kernel with "
-                     "CONFIG_KVM_SW_PROTECTED_VM and the TDP MMU",
-                     KVM_X86_SW_PROTECTED_VM, types->str);
+        error_report(TYPE_SW_PROTECTED_GUEST " '%s' needs KVM VM type "
+                     "sw-protected (%d); this host's KVM has:%s, with "
+                     "KVM_CAP_GUEST_MEMFD=%d and KVM_CAP_MEMORY_ATTRIBUTES="
+                     "0x%x; use a host kernel with CONFIG_KVM_SW_PROTECTED_VM "
+                     "and the TDP MMU",
+                     object_get_canonical_path_component(OBJECT(cg)),
+                     KVM_X86_SW_PROTECTED_VM, types->str,
+                     kvm_check_extension(s, KVM_CAP_GUEST_MEMFD),
+                     kvm_check_extension(s, KVM_CAP_MEMORY_ATTRIBUTES));
         exit(1);
     }
     return KVM_X86_SW_PROTECTED_VM;
