@@ -1,0 +1,150 @@
+//! Building our own crates for use outside cargo: libprivmem.a with its header
+//! and pkg-config file where QEMU's build finds them, and the lab's driver.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::Context;
+use crate::cache::write_if_changed;
+use crate::run;
+
+/// The library as a user of it finds it installed.
+pub struct Installed {
+    pub archive: PathBuf,
+    pub header: PathBuf,
+    pub pkg_config: PathBuf,
+}
+
+impl Installed {
+    pub fn description(&self) -> PathBuf {
+        self.pkg_config.join("privmem.pc")
+    }
+}
+
+/// Builds the library and lays it out in the cache; files that stay the same
+/// keep their time, so that nothing is rebuilt for nothing.
+pub fn install(cx: &Context) -> Result<Installed> {
+    let prefix = cx.cache.path("prefix");
+    let built = build(cx)?;
+    let installed = Installed {
+        archive: prefix.join("lib/libprivmem.a"),
+        header: prefix.join("include/privmem.h"),
+        pkg_config: prefix.join("lib/pkgconfig"),
+    };
+    write_if_changed(&installed.archive, std::fs::read(built)?)?;
+    let header = cx.root.join("include/privmem.h");
+    let header = std::fs::read(&header)
+        .with_context(|| format!("{} is missing: cargo xtask header", header.display()))?;
+    write_if_changed(&installed.header, header)?;
+    let template = std::fs::read_to_string(cx.root.join("privmem.pc.in"))?;
+    let description = description(&template, &prefix, &version(cx)?);
+    write_if_changed(&installed.description(), description)?;
+    Ok(installed)
+}
+
+/// What a C compiler is told to build against the library, as pkg-config says.
+pub fn compiler_flags(privmem: &Installed) -> Result<Vec<String>> {
+    let flags = run::ask(
+        Command::new("pkg-config")
+            .args(["--cflags", "--libs", "privmem"])
+            .env("PKG_CONFIG_PATH", &privmem.pkg_config),
+    )?;
+    Ok(flags.split_whitespace().map(str::to_owned).collect())
+}
+
+/// Builds libprivmem.a as it is released.
+pub fn build(cx: &Context) -> Result<PathBuf> {
+    let files = artifacts(cx, "libprivmem.a", &["-p", "privmem", "--lib"])?;
+    named(files, "libprivmem.a")
+}
+
+/// Builds the program that is the lab's first process.
+pub fn driver(cx: &Context) -> Result<PathBuf> {
+    let files = artifacts(cx, "the lab's driver", &["-p", "lab-driver", "--bins"])?;
+    named(files, "lab-driver")
+}
+
+/// A cargo command in the project.
+pub fn cargo(cx: &Context) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(&cx.root);
+    command
+}
+
+/// Builds in release and returns the files that cargo says it made.
+fn artifacts(cx: &Context, what: &str, selection: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut command = cargo(cx);
+    command
+        .args([
+            "build",
+            "--release",
+            "--message-format=json-render-diagnostics",
+        ])
+        .args(selection);
+    let messages = run::work(&format!("build {what}"), || run::ask(&mut command))?;
+    Ok(messages.lines().flat_map(made).collect())
+}
+
+fn made(message: &str) -> Vec<PathBuf> {
+    let message: Value = serde_json::from_str(message).unwrap_or_default();
+    let files = message["filenames"].as_array();
+    let executable = message["executable"].as_str();
+    files
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .chain(executable)
+        .map(PathBuf::from)
+        .collect()
+}
+
+fn named(files: Vec<PathBuf>, name: &str) -> Result<PathBuf> {
+    files
+        .into_iter()
+        .find(|file| file.file_name().is_some_and(|found| found == name))
+        .with_context(|| format!("cargo made no {name}"))
+}
+
+fn version(cx: &Context) -> Result<String> {
+    let id = run::ask(cargo(cx).args(["pkgid", "-p", "privmem"]))?;
+    let version = id.rsplit(['#', '@']).next().unwrap_or_default();
+    Ok(version.to_owned())
+}
+
+/// The pkg-config file, filled in as meson.build does it for an installation.
+fn description(template: &str, prefix: &Path, version: &str) -> String {
+    let prefix = prefix.display().to_string();
+    template
+        .replace("@libdir@", "${prefix}/lib")
+        .replace("@includedir@", "${prefix}/include")
+        .replace("@prefix@", &prefix)
+        .replace("@version@", version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pkg_config_file_is_filled_in() {
+        let template = "prefix=@prefix@\nlibdir=@libdir@\nVersion: @version@\n";
+        assert_eq!(
+            description(template, Path::new("/p"), "0.1.0"),
+            "prefix=/p\nlibdir=${prefix}/lib\nVersion: 0.1.0\n"
+        );
+    }
+
+    #[test]
+    fn cargo_messages_name_what_was_made() -> Result<()> {
+        let message =
+            r#"{"reason":"compiler-artifact","filenames":["/t/libprivmem.a"],"executable":null}"#;
+        let noise = r#"{"reason":"build-finished","success":true}"#;
+        let files: Vec<_> = [message, noise].into_iter().flat_map(made).collect();
+        assert_eq!(named(files, "libprivmem.a")?, Path::new("/t/libprivmem.a"));
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! `cargo xtask`: fetches, patches, builds, boots and tests.
+//!
+//! This file owns the command line and the context that all parts share. What
+//! each part owns is said at its top; none of them keeps state outside the
+//! cache, and the cache may be deleted at any time.
+
+mod apt;
+mod cache;
+mod demo;
+mod header;
+mod kernel;
+mod lab;
+mod library;
+mod protocol;
+mod qemu;
+mod run;
+mod setup;
+mod suites;
+mod symbols;
+mod tree;
+
+use std::cell::OnceCell;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+use crate::cache::Cache;
+use crate::qemu::Line;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about, version, max_term_width = 100)]
+/// Private guest memory: fetch, patch, build, boot and test.
+///
+/// QEMU_SRC=<tree> and KERNEL_SRC=<tree> use your own sources in place of the
+/// distribution's; they are never written to. PRIVMEM_CACHE=<folder> moves the
+/// cache, which may be deleted at any time.
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Look for newer sources instead of keeping those of the cache
+    #[arg(long, global = true)]
+    refresh: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot the lab and show private memory on a real kernel
+    Demo {
+        /// Print one JSON object on stdout, the log on stderr
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        boot: BootArgs,
+    },
+    /// Run the test suites and print a summary line for each
+    Test {
+        /// Run only this suite (may be repeated)
+        #[arg(long, value_enum)]
+        suite: Vec<suites::Suite>,
+        /// Run only the suites of this QEMU line, and those of none
+        #[arg(long)]
+        line: Option<Line>,
+    },
+    /// Boot the lab with a shell on this terminal, or run a command in it
+    Lab {
+        #[command(flatten)]
+        boot: BootArgs,
+        /// A shell command to run in the lab; its exit status becomes ours
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Fetch, patch and build QEMU; print where the binary is
+    Qemu {
+        /// The QEMU line: 10.2, 10.0 or all; otherwise the newest there is
+        #[arg(long)]
+        line: Option<qemu::Lines>,
+        /// Passed to QEMU's configure (may be repeated)
+        #[arg(long, allow_hyphen_values = true)]
+        configure_arg: Vec<String>,
+    },
+    /// Fetch and build the lab's kernel; print where it is
+    Kernel,
+    /// Generate include/privmem.h from the source
+    Header {
+        /// Fail, with a diff, if the committed header is stale
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct BootArgs {
+    /// The QEMU line; otherwise the newest there is
+    #[arg(long)]
+    line: Option<Line>,
+    /// Seconds after which a lab that is still running counts as hung
+    #[arg(long, default_value_t = 300)]
+    timeout: u64,
+}
+
+impl BootArgs {
+    fn limit(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+}
+
+/// What every part needs: where the project and its cache are.
+struct Context {
+    root: PathBuf,
+    cache: Cache,
+    refresh: bool,
+    started: Instant,
+    apt: OnceCell<apt::Apt>,
+}
+
+impl Context {
+    fn new(refresh: bool) -> Result<Self> {
+        Ok(Self {
+            root: project_root(),
+            cache: Cache::open()?,
+            refresh,
+            started: Instant::now(),
+            apt: OnceCell::new(),
+        })
+    }
+
+    /// The private apt configuration; made, and its lists fetched, at first use.
+    fn apt(&self) -> Result<&apt::Apt> {
+        if self.apt.get().is_none() {
+            let apt = apt::Apt::open(&self.cache)?;
+            let _ = self.apt.set(apt);
+        }
+        self.apt.get().context("apt was just set")
+    }
+}
+
+/// Cargo says where the package is; without cargo, the place it was built from.
+fn project_root() -> PathBuf {
+    let manifest_dir = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    manifest_dir
+        .parent()
+        .map_or_else(|| manifest_dir.clone(), Path::to_path_buf)
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode> {
+    let cx = Context::new(cli.refresh)?;
+    match cli.command {
+        Command::Demo { json, boot } => demo::run(&cx, boot.line, boot.limit(), json),
+        Command::Test { suite, line } => Ok(suites::run(&cx, &suite, line)),
+        Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
+        Command::Lab { boot, command } => {
+            lab::command(&cx, boot.line, boot.limit(), &command.join(" "))
+        }
+        Command::Qemu {
+            line,
+            configure_arg,
+        } => qemu::command(&cx, line, &configure_arg),
+        Command::Kernel => kernel::command(&cx),
+        Command::Header { check } => header::command(&cx, check),
+    }
+}

@@ -1,0 +1,438 @@
+//! QEMU with our patches: fetch, patch, build, cache.
+//!
+//! Each line has a folder of the cache with the pristine source, the patched
+//! work tree and its build folders. A stamp over everything that goes into a
+//! build makes an up-to-date one cost nothing; otherwise only what changed is
+//! built again.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum;
+
+use crate::Context;
+use crate::apt::without_epoch;
+use crate::cache::{self, Stamp};
+use crate::library::{self, Installed};
+use crate::run;
+use crate::setup;
+use crate::tree::{self, Overlay};
+
+pub const SYSTEM: &str = "qemu-system-x86_64";
+pub const QTEST: &str = "tests/qtest/private-memory-test";
+
+/// Small and quick to build.
+const CONFIGURE: &[&str] = &[
+    "--target-list=x86_64-softmmu",
+    "--without-default-features",
+    "--enable-kvm",
+    "--enable-tcg",
+    "--disable-fdt",
+    "--disable-docs",
+    "--disable-install-blobs",
+    "--disable-debug-info",
+    "-Dprivate_memory=enabled",
+];
+
+/// A QEMU line that there are patches for, newest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Line {
+    #[value(name = "10.2")]
+    V10_2,
+    #[value(name = "10.0")]
+    V10_0,
+}
+
+impl Line {
+    pub const ALL: [Self; 2] = [Self::V10_2, Self::V10_0];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V10_2 => "10.2",
+            Self::V10_0 => "10.0",
+        }
+    }
+
+    /// Whether an upstream version such as 10.2.1 belongs to this line.
+    fn covers(self, version: &str) -> bool {
+        version
+            .strip_prefix(self.name())
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One line, or all of them.
+#[derive(Clone)]
+pub struct Lines(Vec<Line>);
+
+impl FromStr for Lines {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self(Line::ALL.to_vec()));
+        }
+        Line::from_str(text, false).map(|line| Self(vec![line]))
+    }
+}
+
+/// A build that is up to date.
+pub struct Build {
+    pub line: Line,
+    pub dir: PathBuf,
+    pub source: PathBuf,
+}
+
+impl Build {
+    pub fn system(&self) -> PathBuf {
+        self.dir.join(SYSTEM)
+    }
+}
+
+/// The sources of a line cannot be had: no fault of ours.
+#[derive(Debug)]
+pub struct NoSource(String);
+
+impl NoSource {
+    pub fn new(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
+impl fmt::Display for NoSource {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NoSource {}
+
+pub fn command(cx: &Context, lines: Option<Lines>, extra: &[String]) -> Result<ExitCode> {
+    let _guard = cx.cache.lock()?;
+    let lines = match lines {
+        Some(Lines(lines)) => lines.into_iter().map(Some).collect(),
+        None => vec![None],
+    };
+    for line in lines {
+        let build = build_any(cx, line, &[SYSTEM], extra)?;
+        println!("{}", build.system().display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the given line, or the newest of which there is a source.
+pub fn build_any(
+    cx: &Context,
+    line: Option<Line>,
+    targets: &[&str],
+    extra: &[String],
+) -> Result<Build> {
+    if let Some(line) = line {
+        return build(cx, line, targets, extra);
+    }
+    for line in Line::ALL {
+        match build(cx, line, targets, extra) {
+            Err(error) if error.is::<NoSource>() => eprintln!("  not QEMU {line}: {error:#}"),
+            result => return result,
+        }
+    }
+    bail!("of none of the lines 10.2 and 10.0 there is a source");
+}
+
+/// Builds `targets` of a line; whoever calls holds the cache's lock.
+pub fn build(cx: &Context, line: Line, targets: &[&str], extra: &[String]) -> Result<Build> {
+    setup::packages(cx, setup::BUILD)?;
+    let work = Work::new(cx, line, extra)?;
+    let privmem = library::install(cx)?;
+    let patches = cx.root.join("qemu-patches");
+    let hooks = tree::series(&patches.join(line.name()))?;
+    let overlay = Overlay::new(&work.pristine, &hooks, &patches.join("files"))
+        .with_context(|| format!("patching QEMU {}", work.version))?;
+    work.make(cx, targets, &overlay, &privmem)?;
+    Ok(Build {
+        line,
+        dir: work.build,
+        source: work.source,
+    })
+}
+
+/// Where one configuration of one line is built.
+struct Work {
+    version: String,
+    users: bool,
+    pristine: PathBuf,
+    source: PathBuf,
+    manifest: PathBuf,
+    build: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Work {
+    fn new(cx: &Context, line: Line, extra: &[String]) -> Result<Self> {
+        let users = std::env::var_os("QEMU_SRC").filter(|tree| !tree.is_empty());
+        let (dir, version, pristine) = match &users {
+            Some(tree) => users_tree(cx, line, Path::new(tree))?,
+            None => fetched(cx, line)?,
+        };
+        // A git tree may need to fetch subprojects, a distribution's source does not.
+        let download = users.is_none().then_some("--disable-download");
+        let base = CONFIGURE.iter().copied().chain(download).map(str::to_owned);
+        let build = match extra {
+            [] => "build".to_owned(),
+            _ => format!(
+                "build-{}",
+                &Stamp::default().text(extra.join("\n")).finish()[..8]
+            ),
+        };
+        Ok(Self {
+            version: without_epoch(&version).to_owned(),
+            users: users.is_some(),
+            pristine,
+            source: dir.join("src"),
+            manifest: dir.join("src.json"),
+            build: dir.join(build),
+            arguments: base.chain(extra.iter().cloned()).collect(),
+        })
+    }
+
+    fn stamp(&self, overlay: &Overlay, privmem: &Installed) -> Result<String> {
+        let mut stamp = Stamp::default();
+        stamp.text(&self.version);
+        if self.users {
+            stamp.text(tree::fingerprint(&self.pristine)?);
+        }
+        for argument in &self.arguments {
+            stamp.text(argument);
+        }
+        overlay.stamp(&mut stamp)?;
+        stamp
+            .file(&privmem.archive)?
+            .file(&privmem.header)?
+            .file(&privmem.description())?;
+        Ok(stamp.finish())
+    }
+
+    /// Builds those of the targets that are not up to date.
+    fn make(
+        &self,
+        cx: &Context,
+        targets: &[&str],
+        overlay: &Overlay,
+        privmem: &Installed,
+    ) -> Result<()> {
+        let stamp = self.stamp(overlay, privmem)?;
+        let current = |target: &str| {
+            cache::holds(&self.stamp_of(target), &stamp) && self.build.join(target).exists()
+        };
+        if targets.iter().all(|target| current(target)) {
+            return Ok(());
+        }
+        run::work(&format!("patch QEMU {}", self.version), || {
+            tree::sync(&self.pristine, overlay, &self.source, &self.manifest)
+        })?;
+        let meson = setup::meson(cx)?;
+        self.configure(cx, &meson, privmem)?;
+        let mut ninja = Command::new("ninja");
+        ninja.arg("-C").arg(&self.build).args(targets);
+        environment(&mut ninja, &meson, privmem)?;
+        run::step(&cx.cache, &format!("build QEMU {}", self.version), ninja)?;
+        targets
+            .iter()
+            .try_for_each(|target| cache::replace(&self.stamp_of(target), &stamp))
+    }
+
+    fn stamp_of(&self, target: &str) -> PathBuf {
+        self.build
+            .join(format!("{}.stamp", target.replace('/', "-")))
+    }
+
+    /// Once for each set of arguments, of which the library's pkg-config file
+    /// is one; ninja sees to what else changes later.
+    fn configure(&self, cx: &Context, meson: &Path, privmem: &Installed) -> Result<()> {
+        let done = self.build.join("configured");
+        let library = fs::read_to_string(privmem.description())?;
+        let arguments = format!("{}\n{library}", self.arguments.join("\n"));
+        if cache::holds(&done, &arguments) {
+            return Ok(());
+        }
+        cache::remove_dir(&self.build)?;
+        fs::create_dir_all(&self.build)?;
+        let mut configure = Command::new(self.source.join("configure"));
+        configure.args(&self.arguments).current_dir(&self.build);
+        environment(&mut configure, meson, privmem)?;
+        let label = format!("configure QEMU {}", self.version);
+        run::step(&cx.cache, &label, configure)?;
+        cache::replace(&done, arguments)
+    }
+}
+
+fn environment(command: &mut Command, meson: &Path, privmem: &Installed) -> Result<()> {
+    command.env("PATH", in_front(meson, "PATH")?).env(
+        "PKG_CONFIG_PATH",
+        in_front(&privmem.pkg_config, "PKG_CONFIG_PATH")?,
+    );
+    Ok(())
+}
+
+fn in_front(dir: &Path, variable: &str) -> Result<OsString> {
+    let rest = std::env::var_os(variable).unwrap_or_default();
+    let rest = std::env::split_paths(&rest).filter(|path| !path.as_os_str().is_empty());
+    Ok(std::env::join_paths(
+        std::iter::once(dir.to_owned()).chain(rest),
+    )?)
+}
+
+/// The user's own tree: its folder in the cache, its version, and itself.
+fn users_tree(cx: &Context, line: Line, tree: &Path) -> Result<(PathBuf, String, PathBuf)> {
+    let tree = tree
+        .canonicalize()
+        .with_context(|| format!("QEMU_SRC={}", tree.display()))?;
+    let version = fs::read_to_string(tree.join("VERSION"))
+        .with_context(|| format!("QEMU_SRC={} is no QEMU tree", tree.display()))?;
+    let version = version.trim().to_owned();
+    let Some(found) = Line::ALL.into_iter().find(|line| line.covers(&version)) else {
+        bail!(
+            "QEMU_SRC={} is QEMU {version}; there are patches for the lines 10.2 and 10.0",
+            tree.display()
+        );
+    };
+    if found != line {
+        bail!(NoSource::new(format!(
+            "QEMU_SRC={} is of line {found}, not {line}",
+            tree.display()
+        )));
+    }
+    let key = Stamp::default()
+        .text(tree.as_os_str().as_encoded_bytes())
+        .finish();
+    let dir = cx.cache.dir(format!("qemu/user-{}", &key[..8]))?;
+    Ok((dir, version, tree))
+}
+
+/// The distribution's source of a line. What the cache has is kept unless
+/// --refresh asks for newer, so that a warm cache needs no network.
+fn fetched(cx: &Context, line: Line) -> Result<(PathBuf, String, PathBuf)> {
+    let dir = cx.cache.dir(format!("qemu/{line}"))?;
+    let pristine = dir.join("pristine");
+    let record = dir.join("version");
+    let have = fs::read_to_string(&record)
+        .ok()
+        .filter(|_| pristine.exists());
+    if let Some(version) = have.as_ref().filter(|_| !cx.refresh) {
+        return Ok((dir, version.clone(), pristine));
+    }
+    match fetch(cx, line, have.as_deref(), &dir) {
+        Ok(version) => Ok((dir, version, pristine)),
+        Err(error) => match have {
+            Some(version) => {
+                eprintln!("  keeping QEMU {version}: {error:#}");
+                Ok((dir, version, pristine))
+            }
+            None => Err(error.context(NoSource::new(format!(
+                "no source of QEMU {line} can be had from the distribution"
+            )))),
+        },
+    }
+}
+
+/// Fetches the newest version that can be downloaded and unpacked.
+fn fetch(cx: &Context, line: Line, have: Option<&str>, dir: &Path) -> Result<String> {
+    let apt = cx.apt()?;
+    let versions = apt.source_versions("qemu")?;
+    for version in candidates(&versions, line) {
+        if have == Some(version) {
+            return Ok(version.to_owned());
+        }
+        let unpacked = apt
+            .source("qemu", version)
+            .and_then(|dsc| unpack(cx, version, &dsc, dir));
+        match unpacked {
+            Ok(()) => return Ok(version.to_owned()),
+            Err(error) => eprintln!("  QEMU {version} cannot be had: {error:#}"),
+        }
+    }
+    bail!("the distribution lists no QEMU {line} that can be downloaded")
+}
+
+/// The versions of a line in their given order, newest first.
+fn candidates(versions: &[String], line: Line) -> impl Iterator<Item = &str> {
+    versions
+        .iter()
+        .map(String::as_str)
+        .filter(move |version| line.covers(upstream(version)))
+}
+
+/// Epoch and Debian's own suffixes taken off: 1:10.2.2+ds-1 is 10.2.2.
+fn upstream(version: &str) -> &str {
+    let version = without_epoch(version);
+    version.split(['+', '-', '~']).next().unwrap_or(version)
+}
+
+/// A new version starts from nothing: work tree and builds of the old one go.
+fn unpack(cx: &Context, version: &str, dsc: &Path, dir: &Path) -> Result<()> {
+    let fresh = dir.join("unpacking");
+    cache::remove_dir(&fresh)?;
+    let mut command = Command::new("dpkg-source");
+    command.arg("-x").arg(dsc).arg(&fresh);
+    run::step(&cx.cache, &format!("unpack QEMU {version}"), command)?;
+    ensure!(fresh.join("VERSION").exists(), "it is no QEMU source");
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path != fresh && path.is_dir() {
+            cache::remove_dir(&path)?;
+        }
+    }
+    fs::remove_file(dir.join("src.json")).ok();
+    fs::rename(&fresh, dir.join("pristine"))?;
+    cache::replace(&dir.join("version"), version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_belong_to_lines() {
+        assert!(Line::V10_2.covers("10.2.2") && Line::V10_2.covers("10.2"));
+        assert!(!Line::V10_2.covers("10.20.1") && !Line::V10_0.covers("10.2.2"));
+    }
+
+    #[test]
+    fn debian_versions_are_sorted_into_lines() {
+        let versions = [
+            "1:11.1.3+ds-1",
+            "1:10.2.2+ds-1",
+            "1:10.2.2+ds-1~bpo13+1",
+            "1:10.0.13+ds-0+deb13u1",
+        ]
+        .map(str::to_owned);
+        let of = |line| candidates(&versions, line).collect::<Vec<_>>();
+        assert_eq!(of(Line::V10_2), ["1:10.2.2+ds-1", "1:10.2.2+ds-1~bpo13+1"]);
+        assert_eq!(of(Line::V10_0), ["1:10.0.13+ds-0+deb13u1"]);
+        assert_eq!(upstream("10.0.0~rc2+ds-1"), "10.0.0");
+    }
+
+    #[test]
+    fn lines_are_read_by_name() {
+        assert_eq!(
+            Lines::from_str("all").map(|lines| lines.0),
+            Ok(Line::ALL.to_vec())
+        );
+        assert_eq!(
+            Lines::from_str("10.0").map(|lines| lines.0),
+            Ok(vec![Line::V10_0])
+        );
+        assert!(Lines::from_str("9.2").is_err());
+    }
+}

@@ -1,0 +1,461 @@
+//! `cargo xtask test`: the suites, what they count and how that is printed.
+//!
+//! A suite runs other programs and reads what they say about each test. What
+//! cannot run is skipped by name and with the reason; what breaks off without
+//! a verdict has failed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+
+use crate::Context;
+use crate::header;
+use crate::lab::Lab;
+use crate::library;
+use crate::protocol::{Event, Verdict};
+use crate::qemu::{self, Line, NoSource};
+use crate::run;
+use crate::setup;
+use crate::symbols;
+
+const LAB_LIMIT: Duration = Duration::from_secs(600);
+
+/// What a C program's exit status says when it could not test anything.
+const SKIPPED: i32 = 77;
+
+const WARNINGS: &[&str] = &["-Wall", "-Wextra", "-Werror", "-pedantic"];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Suite {
+    Header,
+    Symbols,
+    Rust,
+    CClient,
+    Xtask,
+    #[value(name = "qtest-10.2")]
+    Qtest10_2,
+    #[value(name = "qtest-10.0")]
+    Qtest10_0,
+    #[value(name = "lab-10.2")]
+    Lab10_2,
+    #[value(name = "lab-10.0")]
+    Lab10_0,
+}
+
+impl Suite {
+    fn line(self) -> Option<Line> {
+        match self {
+            Self::Qtest10_2 | Self::Lab10_2 => Some(Line::V10_2),
+            Self::Qtest10_0 | Self::Lab10_0 => Some(Line::V10_0),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> String {
+        let value = self.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn run(self, cx: &Context) -> Result<Tally> {
+        match self {
+            Self::Header => header_suite(cx),
+            Self::Symbols => symbols::suite(cx),
+            Self::Rust => cargo_test(cx, "cargo test", &["--workspace", "--exclude", "xtask"]),
+            Self::CClient => c_clients(cx),
+            Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
+            Self::Qtest10_2 => qtests(cx, Line::V10_2),
+            Self::Qtest10_0 => qtests(cx, Line::V10_0),
+            Self::Lab10_2 => lab(cx, Line::V10_2),
+            Self::Lab10_0 => lab(cx, Line::V10_0),
+        }
+    }
+}
+
+/// What came of a suite's tests; failures and skips with name and reason.
+#[derive(Debug, Default, PartialEq)]
+pub struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+    skipped: Vec<String>,
+}
+
+impl Tally {
+    fn skip(why: String) -> Self {
+        Self {
+            skipped: vec![why],
+            ..Self::default()
+        }
+    }
+
+    fn fail(why: String) -> Self {
+        Self {
+            failed: vec![why],
+            ..Self::default()
+        }
+    }
+
+    /// Counts one check by its result.
+    pub fn check(&mut self, name: &str, result: Result<()>) {
+        match result {
+            Ok(()) => self.passed += 1,
+            Err(error) => self.failed.push(format!("{name}: {error:#}")),
+        }
+    }
+
+    /// A program that failed, or tested nothing, must not look like success.
+    fn ended(mut self, name: &str, success: bool) -> Self {
+        let counted = self.passed + self.failed.len() + self.skipped.len();
+        if self.failed.is_empty() && (!success || counted == 0) {
+            self.failed.push(format!("{name}: it broke off"));
+        }
+        self
+    }
+
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed.extend(other.failed);
+        self.skipped.extend(other.skipped);
+    }
+
+    fn counts(&self) -> String {
+        format!(
+            "{} passed, {} failed, {} skipped",
+            self.passed,
+            self.failed.len(),
+            self.skipped.len()
+        )
+    }
+}
+
+pub fn run(cx: &Context, only: &[Suite], line: Option<Line>) -> ExitCode {
+    let mut total = Tally::default();
+    let mut sources = Sources::default();
+    for suite in Suite::value_variants() {
+        let chosen = only.is_empty() || only.contains(suite);
+        let of_line = suite
+            .line()
+            .is_none_or(|of| line.is_none_or(|line| line == of));
+        if !chosen || !of_line {
+            continue;
+        }
+        let started = Instant::now();
+        let result = suite.run(cx);
+        sources.note(*suite, &result);
+        let tally = settled(result);
+        report(*suite, &tally, started.elapsed());
+        total.add(tally);
+    }
+    if sources.none_to_be_had() {
+        total.failed.push("no QEMU line could be tested".to_owned());
+        println!("    failed: no QEMU line could be tested");
+    }
+    println!("{}", total.counts());
+    match total.failed.as_slice() {
+        [] => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// Which lines were asked for, and of which there are sources.
+#[derive(Default)]
+struct Sources {
+    wanted: usize,
+    missing: usize,
+}
+
+impl Sources {
+    fn note(&mut self, suite: Suite, result: &Result<Tally>) {
+        if suite.line().is_some() {
+            self.wanted += 1;
+            self.missing += usize::from(no_source(result).is_some());
+        }
+    }
+
+    fn none_to_be_had(&self) -> bool {
+        self.wanted > 0 && self.missing == self.wanted
+    }
+}
+
+fn no_source(result: &Result<Tally>) -> Option<&NoSource> {
+    result.as_ref().err()?.downcast_ref()
+}
+
+fn settled(result: Result<Tally>) -> Tally {
+    if no_source(&result).is_some() {
+        return Tally::skip(
+            result
+                .err()
+                .map_or_else(String::new, |why| format!("{why:#}")),
+        );
+    }
+    result.unwrap_or_else(|error| Tally::fail(format!("{error:#}")))
+}
+
+fn report(suite: Suite, tally: &Tally, time: Duration) {
+    let seconds = time.as_secs_f32();
+    println!("{:<11} {} ({seconds:.1} s)", suite.name(), tally.counts());
+    for (what, names) in [("failed", &tally.failed), ("skipped", &tally.skipped)] {
+        for name in names {
+            println!("    {what}: {}", name.replace('\n', "\n        "));
+        }
+    }
+}
+
+/// The header is what the source gives, and stands alone in C and C++.
+fn header_suite(cx: &Context) -> Result<Tally> {
+    setup::packages(cx, setup::COMPILERS)?;
+    let mut tally = Tally::default();
+    tally.check("fresh", header::check(cx));
+    let header = cx.root.join("include/privmem.h");
+    for compiler in ["gcc", "clang"] {
+        for (language, standard) in [("c", "c11"), ("c++", "c++11")] {
+            let mut command = Command::new(compiler);
+            command
+                .args(WARNINGS)
+                .args(["-fsyntax-only", &format!("-std={standard}"), "-x", language])
+                .arg("-include")
+                .arg(&header)
+                .arg("/dev/null");
+            let result = run::ask(&mut command).map(drop);
+            tally.check(&format!("{compiler} {standard}"), result);
+        }
+    }
+    Ok(tally)
+}
+
+fn cargo_test(cx: &Context, label: &str, selection: &[&str]) -> Result<Tally> {
+    let mut command = library::cargo(cx);
+    command.args(["test", "--no-fail-fast"]).args(selection);
+    // Shows what tests that passed have printed, such as why they did nothing.
+    command.args(["--", "--show-output"]);
+    let ended = run::attempt(&cx.cache, label, command)?;
+    let log = fs::read_to_string(&ended.log)?;
+    Ok(libtest(&log).ended(label, ended.success))
+}
+
+/// Counts what Rust's test programs say, one after another. Libtest knows no
+/// test that finds out by itself that it cannot run: ours print
+/// `skipped: reason` and pass.
+fn libtest(log: &str) -> Tally {
+    let mut tally = Tally::default();
+    let mut shown = "";
+    for line in log.lines() {
+        let heading = line.strip_prefix("---- ");
+        if let Some(name) = heading.and_then(|line| line.strip_suffix(" stdout ----")) {
+            shown = name;
+        }
+        if let Some(why) = line.strip_prefix("skipped: ") {
+            tally.passed = tally.passed.saturating_sub(1);
+            tally.skipped.push(format!("{shown}: {why}"));
+        }
+        let Some((name, verdict)) = line
+            .strip_prefix("test ")
+            .and_then(|line| line.rsplit_once(" ... "))
+        else {
+            continue;
+        };
+        match verdict
+            .split_once(", ")
+            .unwrap_or((verdict, "no reason given"))
+        {
+            ("ok", _) => tally.passed += 1,
+            ("FAILED", _) => tally.failed.push(name.to_owned()),
+            ("ignored", why) => tally.skipped.push(format!("{name}: {why}")),
+            _ => {}
+        }
+    }
+    tally
+}
+
+/// Each C client with each compiler, against the library as it is installed.
+fn c_clients(cx: &Context) -> Result<Tally> {
+    let _guard = cx.cache.lock()?;
+    setup::packages(cx, setup::COMPILERS)?;
+    let flags = library::compiler_flags(&library::install(cx)?)?;
+    let dir = tempfile::tempdir()?;
+    let mut tally = Tally::default();
+    for source in c_files(&cx.root.join("tests/c"))? {
+        for compiler in ["gcc", "clang"] {
+            let stem = source.file_stem().unwrap_or_default().to_string_lossy();
+            let name = format!("{stem} ({compiler})");
+            let program = dir.path().join(&name);
+            match c_client(compiler, &source, &flags, &program) {
+                Ok(Some(why)) => tally.skipped.push(format!("{name}: {why}")),
+                result => {
+                    tally.check(&name, result.map(drop));
+                    let free = symbols::without(&program, "kvm_bindings");
+                    tally.check(&format!("{name} has no code of kvm-bindings"), free);
+                }
+            }
+        }
+    }
+    Ok(tally.ended("tests/c", true))
+}
+
+fn c_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "c"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Builds and runs one client; a reason if it had to skip.
+fn c_client(
+    compiler: &str,
+    source: &Path,
+    flags: &[String],
+    program: &Path,
+) -> Result<Option<String>> {
+    run::ask(
+        Command::new(compiler)
+            .args(["-std=c11", "-g", "-pthread"])
+            .args(WARNINGS)
+            .arg("-o")
+            .arg(program)
+            .arg(source)
+            .args(flags),
+    )?;
+    let output = Command::new(program).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    match output.status.code() {
+        Some(0) => Ok(None),
+        Some(SKIPPED) => Ok(Some(said)),
+        _ => anyhow::bail!("{}: {said}", output.status),
+    }
+}
+
+fn qtests(cx: &Context, line: Line) -> Result<Tally> {
+    let _guard = cx.cache.lock()?;
+    let build = qemu::build(cx, line, &[qemu::SYSTEM, qemu::QTEST], &[])?;
+    let mut command = Command::new(build.dir.join(qemu::QTEST));
+    command
+        .args(["--tap", "-k"])
+        .current_dir(&build.dir)
+        .env("QTEST_QEMU_BINARY", build.system());
+    let label = format!("qtest {line}");
+    let ended = run::attempt(&cx.cache, &label, command)?;
+    let log = fs::read_to_string(&ended.log)?;
+    Ok(tap(&log).ended(&label, ended.success))
+}
+
+/// Counts the lines of the Test Anything Protocol, as GLib writes it.
+fn tap(log: &str) -> Tally {
+    let mut tally = Tally::default();
+    for line in log.lines().map(str::trim_start) {
+        if line.starts_with("Bail out!") {
+            tally.failed.push(line.to_owned());
+        } else if let Some(name) = line.strip_prefix("not ok ") {
+            tally.failed.push(unnumbered(name).to_owned());
+        } else if let Some(name) = line.strip_prefix("ok ") {
+            match name.split_once("# SKIP") {
+                Some((name, why)) => {
+                    let name = unnumbered(name.trim());
+                    tally.skipped.push(format!("{name}: {}", why.trim()));
+                }
+                None => tally.passed += 1,
+            }
+        }
+    }
+    tally
+}
+
+fn unnumbered(name: &str) -> &str {
+    name.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ')
+}
+
+fn lab(cx: &Context, line: Line) -> Result<Tally> {
+    let lab = Lab::prepare(cx, Some(line))?;
+    let label = format!("lab {line}");
+    let mut tally = Tally::default();
+    let mut progress = run::Progress::start(&label);
+    let boot = lab.boot(cx, "test", "lab.run=all", LAB_LIMIT, |event| match event {
+        Event::Log(line) => progress.tick(&line),
+        Event::Error(error) => tally.failed.push(error),
+        Event::Test(test) => {
+            let named = format!("{}: {}", test.name, test.why);
+            match test.result {
+                Verdict::Ok => tally.passed += 1,
+                Verdict::Failed => tally.failed.push(named),
+                Verdict::Skipped => tally.skipped.push(named),
+            }
+        }
+        Event::Demo(_) | Event::Exit(_) | Event::Done => {}
+    });
+    progress.finish();
+    if let Err(error) = boot {
+        tally.failed.push(format!("{label}: {error:#}"));
+    }
+    Ok(tally.ended(&label, true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libtest_is_counted() {
+        let log = "running 3 tests\ntest state::holes ... ok\ntest a ... FAILED\n\
+                   test c ... ignored, needs KVM\ntest result: FAILED. 1 passed; 1 failed\n\
+                   test src/lib.rs - f (line 3) - compile ... ok\n";
+        let tally = libtest(log);
+        assert_eq!(tally.passed, 2);
+        assert_eq!(tally.failed, ["a"]);
+        assert_eq!(tally.skipped, ["c: needs KVM"]);
+    }
+
+    #[test]
+    fn a_test_that_says_so_is_skipped() {
+        let log = "test held ... ok\ntest other ... ok\nsuccesses:\n\n\
+                   ---- held stdout ----\nskipped: no cachestat(2)\n";
+        let tally = libtest(log);
+        assert_eq!(tally.passed, 1);
+        assert_eq!(tally.skipped, ["held: no cachestat(2)"]);
+    }
+
+    #[test]
+    fn tap_is_counted() {
+        let log = "TAP version 13\n# random seed: x\n1..4\n# Start of x86_64 tests\n\
+                   ok 1 /x86_64/private/convert\nok 2 /x86_64/private/hole # SKIP no memfd\n\
+                   not ok 3 /x86_64/private/alias\nBail out! ERROR\n";
+        let tally = tap(log);
+        assert_eq!(tally.passed, 1);
+        assert_eq!(tally.skipped, ["/x86_64/private/hole: no memfd"]);
+        assert_eq!(tally.failed, ["/x86_64/private/alias", "Bail out! ERROR"]);
+    }
+
+    #[test]
+    fn breaking_off_is_a_failure() {
+        let one = || Tally {
+            passed: 1,
+            ..Tally::default()
+        };
+        assert_eq!(one().ended("x", true), one());
+        assert_eq!(one().ended("x", false).failed, ["x: it broke off"]);
+        assert_eq!(
+            Tally::default().ended("x", true).failed,
+            ["x: it broke off"]
+        );
+    }
+
+    #[test]
+    fn a_missing_line_is_skipped_and_all_missing_is_a_failure() {
+        let missing = || Err(anyhow::anyhow!("404").context(NoSource::new("gone")));
+        let mut sources = Sources::default();
+        sources.note(Suite::Rust, &Ok(Tally::default()));
+        assert!(!sources.none_to_be_had());
+        sources.note(Suite::Qtest10_2, &missing());
+        assert!(sources.none_to_be_had());
+        sources.note(Suite::Qtest10_0, &Ok(Tally::default()));
+        assert!(!sources.none_to_be_had());
+        assert_eq!(settled(missing()).skipped, ["gone: 404"]);
+        assert_eq!(settled(Err(anyhow::anyhow!("404"))).failed, ["404"]);
+    }
+}
