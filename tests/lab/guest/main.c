@@ -11,6 +11,9 @@
  *   disjoint BASE PAGES COUNT SEED       churn on two vCPUs, half each        -> disjoint ...
  *   overlap BASE PAGES COUNT SEED        two vCPUs convert the same pages     -> overlap ...
  *   chase BASE PAGES COUNT SEED          one converts what the other touches  -> chase ...
+ *   shadow                               run from a copy of the ROM in RAM    -> ok
+ *   pam REGISTER VALUE                   q35: what 768 KiB to 1 MiB leads to  -> ok
+ *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
  *   exit STATUS                          leave through isa-debug-exit
  */
 #include <stdbool.h>
@@ -27,6 +30,8 @@ enum {
 	WORDS = PAGE / 8,
 	COM1 = 0x3f8,
 	DEBUG_EXIT = 0xf4,
+	PCI_ADDRESS = 0xcf8,
+	PCI_DATA = 0xcfc,
 	TRAP_STATUS = 0x7f,
 	ENOSYS = 38,
 	HC_MAP_GPA_RANGE = 12,
@@ -40,6 +45,11 @@ enum {
 static inline void outb(u16 port, u8 value)
 {
 	asm volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline void outl(u16 port, u32 value)
+{
+	asm volatile("outl %0, %1" : : "a"(value), "Nd"(port));
 }
 
 static inline u8 inb(u16 port)
@@ -621,6 +631,107 @@ static void chase(u64 base, u64 pages, u64 count, u64 seed)
 	put("\n");
 }
 
+/* ---- memory slots that come and go ---- */
+
+/*
+ * The q35 host bridge's PAM registers: whether accesses to 768 KiB to 1 MiB end
+ * in RAM (bit 0: reads, bit 1: writes) or in ROM and nothing. The first one
+ * rules in its high nibble over our own code at 960 KiB, each other one over
+ * two times 16 KiB from 768 KiB on.
+ */
+enum {
+	PAM_FIRST = 0x90,
+	PAM_LAST = 0x96,
+	ROM_BASE = 0xf0000,
+	ROM_SIZE = 0x10000,
+};
+
+static const u64 rom_at_top = 0xffff0000;
+static bool shadowed;
+
+static inline void pam(u8 reg, u8 value)
+{
+	outl(PCI_ADDRESS, 0x80000000 | (reg & ~3));
+	outb(PCI_DATA + (reg & 3), value);
+}
+
+static void copy_rom(void)
+{
+	void *to = (void *)ROM_BASE;
+	const void *from = (const void *)rom_at_top;
+	u64 n = ROM_SIZE;
+
+	pam(PAM_FIRST, 0x30);
+	asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
+}
+
+/*
+ * Puts RAM with the same contents where our code runs, so that PAM_FIRST can
+ * change. The copy itself runs from the ROM's other place, below 4 GiB, and
+ * before there is a second vCPU.
+ */
+static void shadow(void)
+{
+	void (*volatile copy)(void) = (void (*)(void))((u64)copy_rom - ROM_BASE + rom_at_top);
+
+	copy();
+	shadowed = true;
+}
+
+static void pam_all_ram(void)
+{
+	pam(PAM_FIRST, 0x30);
+	for (u8 reg = PAM_FIRST + 1; reg <= PAM_LAST; reg++)
+		pam(reg, 0x33);
+}
+
+/*
+ * The boot CPU converts, and checks all contents, while the other one changes
+ * what is RAM below 1 MiB: the VMM deletes and creates memory slots, those of
+ * main RAM and of low RAM among them, because there is one slot for both as
+ * long as all PAM registers say RAM. Each does at least COUNT steps, and ends
+ * only when both have.
+ */
+static struct {
+	u64 rng;
+	volatile u64 count;
+	volatile bool converted;
+} remaps;
+
+static void remap_convert(u64 count)
+{
+	while (churns[0].conversions + churns[0].failed < count || remaps.count < count)
+		churn_step(&churns[0]);
+	churn_run(&churns[0], 0);
+	remaps.converted = true;
+}
+
+static void remap_slots(u64 count)
+{
+	while (!remaps.converted || remaps.count < count) {
+		u8 reg = PAM_LAST - draw(&remaps.rng, PAM_LAST - PAM_FIRST + 1);
+		u8 value = 0x11 * draw(&remaps.rng, 4);
+
+		if (draw(&remaps.rng, 4) == 0)
+			pam_all_ram();
+		else
+			pam(reg, reg == PAM_FIRST ? value & 0x10 ? 0x30 : 0 : value);
+		remaps.count++;
+	}
+	pam_all_ram();
+}
+
+static void remap(u64 base, u64 pages, u64 count, u64 seed)
+{
+	churn_begin(&churns[0], base, pages, seed);
+	churns[1] = (struct churn){ 0 };
+	remaps.rng = seed * 2 + 1;
+	remaps.count = 0;
+	remaps.converted = false;
+	on_both(remap_convert, remap_slots, count);
+	churn_report("remap", &churns[0], &churns[1]);
+}
+
 /* ---- commands ---- */
 
 static bool same(const char *a, const char *b)
@@ -704,6 +815,14 @@ static bool obey(char *word[], int n)
 		overlap(a[0], a[1], a[2], a[3]);
 	} else if (n == 5 && same(word[0], "chase") && ap_alive && a[1]) {
 		chase(a[0], a[1], a[2], a[3]);
+	} else if (n == 1 && same(word[0], "shadow") && !ap_alive) {
+		shadow();
+		put("ok\n");
+	} else if (n == 3 && same(word[0], "pam") && (a[0] != PAM_FIRST || shadowed)) {
+		pam(a[0], a[1]);
+		put("ok\n");
+	} else if (n == 5 && same(word[0], "remap") && ap_alive && shadowed && a[1] && a[1] <= MAX_PAGES) {
+		remap(a[0], a[1], a[2], a[3]);
 	} else if (n == 2 && same(word[0], "exit")) {
 		leave(a[0]);
 	} else {

@@ -271,7 +271,7 @@ impl Machine {
         }
     }
 
-    fn ask_ok(&mut self, command: &str) -> Result<()> {
+    pub fn ask_ok(&mut self, command: &str) -> Result<()> {
         let reply = self.ask(command)?;
         ensure!(
             reply == "ok",
