@@ -14,7 +14,7 @@
  *   Ownership  What a _new function hands out is given back to the matching
  *              _free function, once. File descriptors that are handed out stay
  *              the library's, those that are handed in stay the caller's.
- *   Callbacks  There are none; no lock is held when a function returns.
+ *   Callbacks  Only those of struct privmem_listener, see there.
  *   Numbers    Sizes, offsets and addresses are in bytes.
  *
  * Generated from src/ffi.rs by `cargo xtask header`; do not edit.
@@ -43,6 +43,36 @@ struct privmem_region;
  * A VM: its trust agent, and which region its guest sees where.
  */
 struct privmem_vm;
+
+/**
+ * A downstream mapper of a region's shared store, such as VFIO: told before
+ * shared memory goes and after it has come. Offsets and sizes are in bytes of
+ * the region; calls come per run, not per page.
+ *
+ * The functions are called on the thread that converts, while the range is
+ * locked, and by `privmem_region_add_listener` and
+ * `privmem_region_remove_listener`. They must neither convert nor wait for
+ * another thread that does.
+ */
+struct privmem_listener {
+  /**
+   * `sizeof(struct privmem_listener)` as the caller was compiled.
+   */
+  size_t size;
+  /**
+   * Handed to the functions; also tells this listener from others.
+   */
+  void *opaque;
+  /**
+   * Shared memory is about to go: on return no translation to it is left.
+   */
+  void (*discard)(void *opaque, uint64_t offset, uint64_t size);
+  /**
+   * Shared memory has come and may be mapped. Returns 0, or a negative
+   * errno with none of it mapped: the conversion is undone then.
+   */
+  int (*populate)(void *opaque, uint64_t offset, uint64_t size);
+};
 
 /**
  * State and memory of a region. All sizes in bytes.
@@ -310,6 +340,31 @@ int privmem_region_shared_fd(const struct privmem_region *region);
  * `region` is NULL or a live handle.
  */
 int privmem_region_private_fd(const struct privmem_region *region);
+
+/**
+ * Registers a downstream mapper: it is told of all that is shared now, before
+ * this function returns, and of what goes and comes from then on. The table is
+ * copied. Waits for conversions that run.
+ *
+ * Errors: -EINVAL for NULL, a table that is too small or lacks a function; what
+ * the listener returned, which is not registered then.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `listener` is NULL or a table whose
+ * functions may be called with its `opaque`, from any thread, until
+ * `privmem_region_remove_listener` returns.
+ */
+int privmem_region_add_listener(const struct privmem_region *region,
+                                const struct privmem_listener *listener);
+
+/**
+ * Takes all that is shared from the listener with this `opaque`, and forgets
+ * it. Waits for conversions that run. -ENOENT where there is none.
+ *
+ * # Safety
+ * `region` is NULL or a live handle.
+ */
+int privmem_region_remove_listener(const struct privmem_region *region, void *opaque);
 
 /**
  * Makes all of a region shared again and frees its private pages, as at the

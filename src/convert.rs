@@ -1,10 +1,12 @@
 //! The one conversion path: every change of side goes through [`run`].
 //!
-//! Order, for the pieces of a request that really change: free what the side
-//! that is entered may hold, switch the side that is reachable (KVM zaps the
-//! translations of the side that is left, the emulated agent maps over them),
-//! free the pages of the side that is left, publish the bits. The ranges are
-//! locked throughout.
+//! Order, for the pieces of a request that really change. To private: listeners
+//! unmap. Both ways: free what the side that is entered may hold; switch the
+//! side that is reachable (KVM zaps the translations of the side that is left,
+//! the emulated agent maps over them). To shared: listeners map; before the
+//! private pages are freed, so that one that refuses costs no contents. Both
+//! ways: free the pages of the side that is left, publish the bits. The ranges
+//! are locked throughout.
 //!
 //! A step that fails is undone: what was switched is switched back, and what
 //! vCPUs put into the other side meanwhile is freed. Where the kernel refuses
@@ -64,6 +66,14 @@ impl<'a> Segment<'a> {
 
     fn punch(&self, side: Side) -> Result<()> {
         self.region.store(side).punch(self.offsets)
+    }
+
+    fn discard(&self) {
+        self.region.listeners.discard(self.offsets);
+    }
+
+    fn populate(&self) -> Result<()> {
+        self.region.listeners.populate(self.offsets)
     }
 
     fn publish(&self, side: Side) {
@@ -198,19 +208,48 @@ fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
     let (pieces, rest) = step(changes(segments, to));
     let step = || changes(segments, to).take(pieces);
+    if to == Side::Private {
+        step().for_each(|change| change.discard());
+    }
+    // Of the step, how many pieces each phase has done.
+    let mut done = Done::default();
+    match convert(step, to, &mut done) {
+        Ok(()) => {
+            step().for_each(|change| change.publish(to));
+            Ok(rest)
+        }
+        Err(cause) => Err(undo(step, to, &done, cause)),
+    }
+}
+
+/// How many pieces of a step each phase has done.
+#[derive(Default)]
+struct Done {
+    switched: usize,
+    populated: usize,
+    punched: usize,
+}
+
+fn convert<'a, I>(step: impl Fn() -> I, to: Side, done: &mut Done) -> Result<()>
+where
+    I: Iterator<Item = Segment<'a>>,
+{
     step().try_for_each(|change| change.punch(to))?;
-    for (done, change) in step().enumerate() {
-        if let Err(cause) = change.switch(to) {
-            return Err(undo(step().take(done), 0, to, cause));
+    for change in step() {
+        change.switch(to)?;
+        done.switched += 1;
+    }
+    if to == Side::Shared {
+        for change in step() {
+            change.populate()?;
+            done.populated += 1;
         }
     }
-    for (done, change) in step().enumerate() {
-        if let Err(cause) = change.punch(to.other()) {
-            return Err(undo(step(), done, to, cause));
-        }
+    for change in step() {
+        change.punch(to.other())?;
+        done.punched += 1;
     }
-    step().for_each(|change| change.publish(to));
-    Ok(rest)
+    Ok(())
 }
 
 /// How many of `changes` make one step, and the one after them.
@@ -247,32 +286,38 @@ fn lock<'a>(segments: &[Segment<'a>]) -> Vec<RangeGuard<'a>> {
         .collect()
 }
 
-/// Switches `switched` back, of which the first `punched` have lost their
-/// contents, and wraps `cause` if anything is not as it was.
-fn undo<'a>(
-    switched: impl Iterator<Item = Segment<'a>>,
-    punched: usize,
-    to: Side,
-    cause: Error,
-) -> Error {
-    let (mut contents_lost, mut stuck) = (0, 0);
-    for (index, change) in switched.enumerate() {
-        if change.switch(to.other()).is_ok() {
+/// Undoes what a step has done, and wraps `cause` if anything is not as it was.
+fn undo<'a, I>(step: impl Fn() -> I, to: Side, done: &Done, cause: Error) -> Error
+where
+    I: Iterator<Item = Segment<'a>>,
+{
+    let (mut contents_lost, mut stuck, mut unmapped) = (0, 0, 0);
+    step()
+        .take(done.populated)
+        .for_each(|change| change.discard());
+    for (index, change) in step().enumerate() {
+        let bytes = change.offsets.len();
+        if index < done.switched && change.switch(to.other()).is_err() {
+            let _ = change.punch(to.other());
+            change.publish(to);
+            stuck += bytes;
+            // It is shared now, whatever was asked for.
+            if to == Side::Shared && change.populate().is_err() {
+                unmapped += bytes;
+            }
+            continue;
+        }
+        if index < done.switched {
             // What a vCPU wrote on the new side meanwhile. If it cannot be freed
             // now, the next conversion frees it before it can come up.
             let _ = change.punch(to);
-            contents_lost += if index < punched {
-                change.offsets.len()
-            } else {
-                0
-            };
-        } else {
-            let _ = change.punch(to.other());
-            change.publish(to);
-            stuck += change.offsets.len();
+            contents_lost += if index < done.punched { bytes } else { 0 };
+        }
+        if to == Side::Private && change.populate().is_err() {
+            unmapped += bytes;
         }
     }
-    if contents_lost == 0 && stuck == 0 {
+    if contents_lost == 0 && stuck == 0 && unmapped == 0 {
         return cause;
     }
     let cause = Box::new(cause);
@@ -280,6 +325,7 @@ fn undo<'a>(
         cause,
         contents_lost,
         stuck,
+        unmapped,
     }
 }
 

@@ -39,6 +39,9 @@ pub enum Error {
     #[error("the region has no binding number {index}")]
     NoSuchBinding { index: usize },
 
+    #[error("the region has no such listener")]
+    NoSuchListener,
+
     #[error("region '{0}' already has a host mapping, or has private memory already")]
     MappingTooLate(String),
 
@@ -63,13 +66,15 @@ pub enum Error {
     },
 
     /// A conversion failed half-way and was undone as far as the kernel allows.
-    #[error("{cause}{}", undo_text(*.contents_lost, *.stuck))]
+    #[error("{cause}{}", undo_text(*.contents_lost, *.stuck, *.unmapped))]
     Undone {
         cause: Box<Error>,
         /// Bytes that are on their old side again but read zero now.
         contents_lost: u64,
         /// Bytes that the kernel would not move back; they are on the new side.
         stuck: u64,
+        /// Bytes that a downstream listener would not map again.
+        unmapped: u64,
     },
 
     #[error("this host has pages of {0} bytes; the library is made for pages of 4096 bytes")]
@@ -79,13 +84,16 @@ pub enum Error {
     Panic(String),
 }
 
-fn undo_text(contents_lost: u64, stuck: u64) -> String {
+fn undo_text(contents_lost: u64, stuck: u64, unmapped: u64) -> String {
     let mut text = String::from("; the conversion was undone");
     if contents_lost != 0 {
         text += &format!(", but the contents of {contents_lost:#x} bytes are lost");
     }
     if stuck != 0 {
         text += &format!(", except {stuck:#x} bytes that could not be moved back");
+    }
+    if unmapped != 0 {
+        text += &format!("; a downstream listener did not map {unmapped:#x} bytes again");
     }
     text
 }
@@ -101,7 +109,9 @@ impl Error {
             | Error::OutsideRegion(..)
             | Error::NotPrivateCapable { .. } => libc::EINVAL,
             Error::AlreadyBound { .. } => libc::EEXIST,
-            Error::NotBound(_) | Error::NoSuchBinding { .. } => libc::ENOENT,
+            Error::NotBound(_) | Error::NoSuchBinding { .. } | Error::NoSuchListener => {
+                libc::ENOENT
+            }
             Error::MappingTooLate(_) => libc::EBUSY,
             Error::NoPrivateMemory(_) | Error::HostPageSize(_) => libc::EOPNOTSUPP,
             Error::NoMemoryForState { .. } => libc::ENOMEM,

@@ -9,12 +9,14 @@
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::range::GRANULE;
+use crate::listener::Listener;
+use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::Side;
 use crate::vm::Vm;
@@ -74,6 +76,63 @@ pub struct privmem_binding {
     pub size: u64,
     /// Offset into the region, in bytes.
     pub offset: u64,
+}
+
+/// A downstream mapper of a region's shared store, such as VFIO: told before
+/// shared memory goes and after it has come. Offsets and sizes are in bytes of
+/// the region; calls come per run, not per page.
+///
+/// The functions are called on the thread that converts, while the range is
+/// locked, and by `privmem_region_add_listener` and
+/// `privmem_region_remove_listener`. They must neither convert nor wait for
+/// another thread that does.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_listener {
+    /// `sizeof(struct privmem_listener)` as the caller was compiled.
+    pub size: usize,
+    /// Handed to the functions; also tells this listener from others.
+    pub opaque: *mut c_void,
+    /// Shared memory is about to go: on return no translation to it is left.
+    pub discard: Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, size: u64)>,
+    /// Shared memory has come and may be mapped. Returns 0, or a negative
+    /// errno with none of it mapped: the conversion is undone then.
+    pub populate:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, size: u64) -> c_int>,
+}
+
+/// A [`privmem_listener`] that has both functions.
+struct CListener {
+    opaque: *mut c_void,
+    discard: unsafe extern "C" fn(*mut c_void, u64, u64),
+    populate: unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int,
+}
+
+// SAFETY: whoever adds a listener promises that its functions may be called
+// with `opaque` from any thread.
+unsafe impl Send for CListener {}
+// SAFETY: as above.
+unsafe impl Sync for CListener {}
+
+impl Listener for CListener {
+    fn discard(&self, offsets: Range) {
+        // SAFETY: the listener is registered, so that both are valid.
+        unsafe { (self.discard)(self.opaque, offsets.start(), offsets.len()) }
+    }
+
+    fn populate(&self, offsets: Range) -> io::Result<()> {
+        // SAFETY: as above.
+        match unsafe { (self.populate)(self.opaque, offsets.start(), offsets.len()) } {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(
+                errno.checked_abs().unwrap_or(libc::EIO),
+            )),
+        }
+    }
+
+    fn identity(&self) -> usize {
+        self.opaque as usize
+    }
 }
 
 thread_local! {
@@ -424,6 +483,58 @@ unsafe fn store_fd(region: *const privmem_region, side: Side) -> c_int {
         Ok(())
     });
     if status < 0 { status } else { fd }
+}
+
+/// Registers a downstream mapper: it is told of all that is shared now, before
+/// this function returns, and of what goes and comes from then on. The table is
+/// copied. Waits for conversions that run.
+///
+/// Errors: -EINVAL for NULL, a table that is too small or lacks a function; what
+/// the listener returned, which is not registered then.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `listener` is NULL or a table whose
+/// functions may be called with its `opaque`, from any thread, until
+/// `privmem_region_remove_listener` returns.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_add_listener(
+    region: *const privmem_region,
+    listener: *const privmem_listener,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle and a table, or NULL, by contract.
+        let (region, table) = unsafe { (borrow(region, "region")?, borrow(listener, "listener")?) };
+        let (Some(discard), Some(populate)) = (table.discard, table.populate) else {
+            return Err(null("a function of the listener"));
+        };
+        if table.size < size_of::<privmem_listener>() {
+            let text = format!("the listener's table of {} bytes is too small", table.size);
+            return Err(Error::InvalidArgument(text));
+        }
+        let opaque = table.opaque;
+        region.0.add_listener(Arc::new(CListener {
+            opaque,
+            discard,
+            populate,
+        }))
+    })
+}
+
+/// Takes all that is shared from the listener with this `opaque`, and forgets
+/// it. Waits for conversions that run. -ENOENT where there is none.
+///
+/// # Safety
+/// `region` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_remove_listener(
+    region: *const privmem_region,
+    opaque: *mut c_void,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        region.0.remove_listener(opaque as usize)
+    })
 }
 
 /// Makes all of a region shared again and frees its private pages, as at the

@@ -11,6 +11,7 @@
 //! | [`state`] | the state map: one bit per granule, lock-free to read |
 //! | [`kernel`] | every call into the kernel, behind a trait so that tests can fail each of them |
 //! | [`store`] | the two fds of a region: `guest_memfd` (private) and memfd (shared) |
+//! | [`listener`] | downstream mappers, told before shared memory goes and after it has come |
 //! | [`region`] | one memory backend: stores, state map, range lock, counters |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `convert` | the conversion path, its order and its undo |
@@ -18,12 +19,14 @@
 //!
 //! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
 //! region ([`region`], regions in order of their serial number, then by
-//! offset). No lock is held across a call back into C; there are none.
+//! offset). Listeners are called under these locks: that is what orders their
+//! mappings with the conversion. No other call goes back into C.
 
 mod convert;
 pub mod error;
 pub mod ffi;
 pub mod kernel;
+pub mod listener;
 pub mod range;
 pub mod region;
 pub mod state;
@@ -31,6 +34,7 @@ pub mod store;
 pub mod vm;
 
 pub use error::{Error, Result};
+pub use listener::Listener;
 pub use range::{GRANULE, Range};
 pub use region::{Info, Region};
 pub use state::{Side, StateMap};

@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use crossbeam::utils::CachePadded;
 
 use crate::error::{Error, Result};
+use crate::listener::{Listener, Listeners};
 use crate::range::{GRANULE, Range};
 use crate::state::{Run, Side, StateMap};
 use crate::store::Store;
@@ -23,6 +24,7 @@ pub struct Region {
     private: Store,
     host: OnceLock<usize>,
     pub(crate) lock: RangeLock,
+    pub(crate) listeners: Listeners,
     pub(crate) conversions: CachePadded<AtomicU64>,
     pub(crate) failed: CachePadded<AtomicU64>,
 }
@@ -68,6 +70,7 @@ impl Region {
             private,
             host: OnceLock::new(),
             lock: RangeLock::default(),
+            listeners: Listeners::default(),
             conversions: CachePadded::default(),
             failed: CachePadded::default(),
         }))
@@ -137,6 +140,27 @@ impl Region {
         };
         let run_end = (run.granules.end as u64 * GRANULE).min(end);
         (run.side == Side::Shared, run_end - offset)
+    }
+
+    /// Tells `listener` of everything that is shared, and from now on of what
+    /// goes and comes. Waits for conversions that run.
+    pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Result<()> {
+        let _held = self.lock.acquire(vec![self.size]);
+        self.listeners.add(listener, self.shared_runs())
+    }
+
+    /// Takes everything that is shared from the listener with this identity,
+    /// and forgets it.
+    pub fn remove_listener(&self, identity: usize) -> Result<()> {
+        let _held = self.lock.acquire(vec![self.size]);
+        self.listeners.remove(identity, self.shared_runs())
+    }
+
+    fn shared_runs(&self) -> impl Iterator<Item = Range> {
+        self.state
+            .runs(self.size.granules())
+            .filter(|run| run.side == Side::Shared)
+            .map(|run| Range::from_granules(run.granules))
     }
 
     /// Back to the initial state: all shared, no private page kept. For the

@@ -82,6 +82,65 @@ static void null_is_an_error(void)
     privmem_region_free(NULL);
 }
 
+/* A downstream mapper that counts the bytes that it maps, up to a limit. */
+struct mapper {
+    uint64_t mapped, limit;
+};
+
+static void mapper_discard(void *opaque, uint64_t offset, uint64_t size)
+{
+    struct mapper *mapper = opaque;
+
+    (void)offset;
+    mapper->mapped -= size;
+}
+
+static int mapper_populate(void *opaque, uint64_t offset, uint64_t size)
+{
+    struct mapper *mapper = opaque;
+
+    (void)offset;
+    if (mapper->mapped + size > mapper->limit) {
+        return -ENOSPC;
+    }
+    mapper->mapped += size;
+    return 0;
+}
+
+static void listeners_are_told(const struct privmem_vm *vm,
+                               const struct privmem_region *region)
+{
+    struct mapper mapper = { .mapped = 0, .limit = PAGES * PAGE };
+    struct privmem_listener listener = {
+        .size = sizeof(listener),
+        .opaque = &mapper,
+        .discard = mapper_discard,
+        .populate = mapper_populate,
+    }, bad = listener;
+
+    bad.populate = NULL;
+    CHECK(privmem_region_add_listener(NULL, &listener) == -EINVAL);
+    CHECK(privmem_region_add_listener(region, NULL) == -EINVAL);
+    CHECK(privmem_region_add_listener(region, &bad) == -EINVAL);
+    bad = listener;
+    bad.size = 8;
+    CHECK(privmem_region_add_listener(region, &bad) == -EINVAL);
+    CHECK(privmem_region_remove_listener(region, &mapper) == -ENOENT);
+
+    CHECK(convert(vm, 0, PAGES * PAGE, false) == 0);
+    CHECK(privmem_region_add_listener(region, &listener) == 0);
+    CHECK(mapper.mapped == PAGES * PAGE);
+    CHECK(convert(vm, 0, 2 * PAGE, true) == 0);
+    CHECK(mapper.mapped == (PAGES - 2) * PAGE);
+    mapper.limit = mapper.mapped;
+    CHECK(convert(vm, 0, 2 * PAGE, false) == -ENOSPC);
+    CHECK(strstr(privmem_last_error(), "listener"));
+    mapper.limit += 2 * PAGE;
+    CHECK(convert(vm, 0, 2 * PAGE, false) == 0);
+    CHECK(privmem_region_remove_listener(region, &mapper) == 0);
+    CHECK(mapper.mapped == 0);
+}
+
 static void *convert_own_part(void *vm)
 {
     static int number;
@@ -175,6 +234,7 @@ int main(void)
     CHECK(privmem_region_picture(region, picture, 1) == -EINVAL);
 
     convert_in_threads(vm);
+    listeners_are_told(vm, region);
     CHECK(convert(vm, 0, PAGES * PAGE, true) == 0);
     CHECK(privmem_region_reset(region) == 0);
     CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);

@@ -9,11 +9,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
 use privmem::kernel::{Kernel, Linux};
-use privmem::{GRANULE, Range, Region, Side, Vm};
+use privmem::{GRANULE, Listener, Range, Region, Side, Vm};
 
 /// Which calls of `set_memory_attributes`, `punch_hole` and `map_fixed` fail.
 #[derive(Clone, Copy)]
@@ -54,6 +54,66 @@ pub struct Model {
     broken: Mutex<Vec<String>>,
     pub attributes: u32,
     pub guest_memfd: u32,
+}
+
+/// A downstream mapper that keeps what it maps and knows the rules: it unmaps
+/// while the memory is still shared, and maps when it is shared already.
+pub struct Mapper {
+    kernel: Arc<Model>,
+    region: Weak<Region>,
+    /// Calls of `populate` are counted, and failed, as those into the kernel.
+    pub refuses: bool,
+    pub mapped: Mutex<BTreeSet<u64>>,
+    pub calls: AtomicUsize,
+}
+
+impl Mapper {
+    pub fn new(kernel: &Arc<Model>, region: &Arc<Region>, refuses: bool) -> Arc<Mapper> {
+        Arc::new(Mapper {
+            kernel: kernel.clone(),
+            region: Arc::downgrade(region),
+            refuses,
+            mapped: Mutex::default(),
+            calls: AtomicUsize::new(0),
+        })
+    }
+
+    fn check_shared(&self, offsets: Range, when: &str) {
+        let region = self.region.upgrade().unwrap();
+        let fd = region.store(Side::Shared).fd().as_raw_fd();
+        let private = self.kernel.pages().private;
+        for place in self.kernel.places.lock().unwrap().iter() {
+            let ours = place.shared == fd && granules(offsets).contains(&place.granule);
+            if ours && private.contains(&place.gpa) {
+                self.kernel
+                    .broke(format!("{when} private granule {}", place.granule));
+            }
+        }
+    }
+}
+
+impl Listener for Mapper {
+    fn discard(&self, offsets: Range) {
+        self.check_shared(offsets, "unmapped late:");
+        self.mapped
+            .lock()
+            .unwrap()
+            .retain(|granule| !granules(offsets).contains(granule));
+    }
+
+    fn populate(&self, offsets: Range) -> io::Result<()> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.refuses {
+            self.kernel.call()?;
+        }
+        self.check_shared(offsets, "mapped");
+        self.mapped.lock().unwrap().extend(granules(offsets));
+        Ok(())
+    }
+
+    fn identity(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
 }
 
 impl Model {

@@ -132,6 +132,8 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
         return false;
     }
     backend->mr.ram_block->privmem = m->region;
+    memory_region_set_ram_discard_manager(&backend->mr,
+                                          RAM_DISCARD_MANAGER(m));
     return true;
 }
 
@@ -177,6 +179,180 @@ static bool private_backend_memory_alloc(HostMemoryBackend *backend,
     return true;
 }
 
+/*
+ * RamDiscardManager: what is shared is populated, what is private discarded.
+ *
+ * Listeners run on the thread that converts, mostly a vCPU without the BQL, as
+ * they do for QEMU's own private memory. They must not take it: whoever holds
+ * it may wait for the conversion.
+ */
+
+/* The part of @section that lies within @size bytes from @offset, if any. */
+static bool section_part(const MemoryRegionSection *section, uint64_t offset,
+                         uint64_t size, MemoryRegionSection *part)
+{
+    uint64_t first = section->offset_within_region;
+    uint64_t start = MAX(offset, first);
+    uint64_t end = MIN(offset + size, first + int128_get64(section->size));
+
+    if (start >= end) {
+        return false;
+    }
+    *part = *section;
+    part->offset_within_address_space += start - first;
+    part->offset_within_region = start;
+    part->size = int128_make64(end - start);
+    return true;
+}
+
+static void listener_discard(void *opaque, uint64_t offset, uint64_t size)
+{
+    RamDiscardListener *rdl = opaque;
+    MemoryRegionSection part;
+
+    if (section_part(rdl->section, offset, size, &part)) {
+        rdl->notify_discard(rdl, &part);
+    }
+}
+
+static int listener_populate(void *opaque, uint64_t offset, uint64_t size)
+{
+    RamDiscardListener *rdl = opaque;
+    MemoryRegionSection part;
+
+    if (section_part(rdl->section, offset, size, &part)) {
+        return rdl->notify_populate(rdl, &part);
+    }
+    return 0;
+}
+
+static void private_backend_register_listener(RamDiscardManager *rdm,
+                                              RamDiscardListener *rdl,
+                                              MemoryRegionSection *section)
+{
+    HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(rdm);
+    struct privmem_listener listener = {
+        .size = sizeof(listener),
+        .opaque = rdl,
+        .discard = listener_discard,
+        .populate = listener_populate,
+    };
+
+    rdl->section = memory_region_section_new_copy(section);
+    if (privmem_region_add_listener(m->region, &listener)) {
+        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': a listener cannot "
+                     "map what is shared: %s",
+                     object_get_canonical_path_component(OBJECT(m)),
+                     privmem_last_error());
+    }
+}
+
+static void private_backend_unregister_listener(RamDiscardManager *rdm,
+                                                RamDiscardListener *rdl)
+{
+    HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(rdm);
+
+    /* Fails only for one that could not be registered. */
+    privmem_region_remove_listener(m->region, rdl);
+    memory_region_section_free_copy(rdl->section);
+    rdl->section = NULL;
+}
+
+static uint64_t
+private_backend_get_min_granularity(const RamDiscardManager *rdm,
+                                    const MemoryRegion *mr)
+{
+    return qemu_real_host_page_size();
+}
+
+/* Calls @fn for every run of @section on one side, until it fails. */
+static int replay(const RamDiscardManager *rdm,
+                  const MemoryRegionSection *section, bool is_private,
+                  int (*fn)(MemoryRegionSection *section, void *opaque),
+                  void *opaque)
+{
+    HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(rdm);
+    uint64_t first = section->offset_within_region;
+    uint64_t end = first + int128_get64(section->size);
+    uint64_t at = ROUND_DOWN(first, qemu_real_host_page_size());
+    MemoryRegionSection part;
+    struct privmem_run run;
+    int ret = 0;
+
+    while (!ret && at < end && !privmem_region_next_run(m->region, at, &run)) {
+        if (run.is_private == is_private &&
+            section_part(section, run.offset, run.size, &part)) {
+            ret = fn(&part, opaque);
+        }
+        at += run.size;
+    }
+    return ret;
+}
+
+static int found(MemoryRegionSection *section, void *opaque)
+{
+    return 1;
+}
+
+static bool private_backend_is_populated(const RamDiscardManager *rdm,
+                                         const MemoryRegionSection *section)
+{
+    return !replay(rdm, section, true, found, NULL);
+}
+
+#if QEMU_VERSION_MAJOR == 10 && QEMU_VERSION_MINOR == 0
+
+struct VoidReplay {
+    ReplayRamDiscard fn;
+    void *opaque;
+};
+
+static int void_replay(MemoryRegionSection *section, void *opaque)
+{
+    struct VoidReplay *inner = opaque;
+
+    inner->fn(section, inner->opaque);
+    return 0;
+}
+
+static int private_backend_replay_populated(const RamDiscardManager *rdm,
+                                            MemoryRegionSection *section,
+                                            ReplayRamPopulate fn,
+                                            void *opaque)
+{
+    return replay(rdm, section, false, fn, opaque);
+}
+
+static void private_backend_replay_discarded(const RamDiscardManager *rdm,
+                                             MemoryRegionSection *section,
+                                             ReplayRamDiscard fn,
+                                             void *opaque)
+{
+    struct VoidReplay inner = { fn, opaque };
+
+    replay(rdm, section, true, void_replay, &inner);
+}
+
+#else
+
+static int private_backend_replay_populated(const RamDiscardManager *rdm,
+                                            MemoryRegionSection *section,
+                                            ReplayRamDiscardState fn,
+                                            void *opaque)
+{
+    return replay(rdm, section, false, fn, opaque);
+}
+
+static int private_backend_replay_discarded(const RamDiscardManager *rdm,
+                                            MemoryRegionSection *section,
+                                            ReplayRamDiscardState fn,
+                                            void *opaque)
+{
+    return replay(rdm, section, true, fn, opaque);
+}
+
+#endif
+
 static bool private_backend_get_emulate(Object *o, Error **errp)
 {
     return MEMORY_BACKEND_PRIVATE(o)->emulate;
@@ -213,8 +389,15 @@ static void private_backend_instance_finalize(Object *obj)
 static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
 {
     HostMemoryBackendClass *bc = MEMORY_BACKEND_CLASS(oc);
+    RamDiscardManagerClass *rdmc = RAM_DISCARD_MANAGER_CLASS(oc);
 
     bc->alloc = private_backend_memory_alloc;
+    rdmc->get_min_granularity = private_backend_get_min_granularity;
+    rdmc->is_populated = private_backend_is_populated;
+    rdmc->replay_populated = private_backend_replay_populated;
+    rdmc->replay_discarded = private_backend_replay_discarded;
+    rdmc->register_listener = private_backend_register_listener;
+    rdmc->unregister_listener = private_backend_unregister_listener;
 
     object_class_property_add_bool(oc, "emulate", private_backend_get_emulate,
                                    private_backend_set_emulate);
@@ -230,6 +413,10 @@ static const TypeInfo private_backend_info = {
     .instance_init = private_backend_instance_init,
     .instance_finalize = private_backend_instance_finalize,
     .class_init = private_backend_class_init,
+    .interfaces = (InterfaceInfo[]) {
+        { TYPE_RAM_DISCARD_MANAGER },
+        { }
+    },
 };
 
 static void register_types(void)

@@ -6,6 +6,7 @@
 
 #include "qemu/osdep.h"
 #include <sys/resource.h>
+#include <glib/gstdio.h>
 #include "libqtest.h"
 #include "qobject/qdict.h"
 #include "qobject/qlist.h"
@@ -369,6 +370,35 @@ static void test_migration_is_blocked(void)
     qtest_quit(qts);
 }
 
+static int64_t dump_size(QTestState *qts, const char *file)
+{
+    GStatBuf status;
+
+    qtest_qmp_assert_success(qts, "{ 'execute': 'dump-guest-memory', "
+                             "'arguments': { 'paging': false, "
+                             "'protocol': %s } }", file);
+    g_assert_cmpint(g_stat(file + strlen("file:"), &status), ==, 0);
+    return status.st_size;
+}
+
+/* A dump leaves private memory out, and takes no page for it. */
+static void test_dump(void)
+{
+    QTestState *qts = start();
+    g_autofree char *file = g_strdup_printf("file:%s.dump", firmware_file);
+    int64_t all, less;
+
+    all = dump_size(qts, file);
+    convert_ok(qts, 16 * MiB, 16 * MiB, true);
+    less = dump_size(qts, file);
+    unlink(file + strlen("file:"));
+    /* The gap costs one more header. */
+    g_assert_cmpint(all - less, <=, 16 * MiB);
+    g_assert_cmpint(all - less, >, 16 * MiB - PAGE);
+    assert_figure(qts, "ram0", "held-twice", 0);
+    qtest_quit(qts);
+}
+
 /* QEMU ends at once, with a message that has @words. */
 static void assert_no_start(const char *options, const char *const *words)
 {
@@ -459,6 +489,7 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/numa", test_numa);
     qtest_add_func("/private-memory/hmp", test_hmp);
     qtest_add_func("/private-memory/migration", test_migration_is_blocked);
+    qtest_add_func("/private-memory/dump", test_dump);
     qtest_add_func("/private-memory/bad-command-lines",
                    test_bad_command_lines);
     qtest_add_func("/private-memory/translated-code", test_translated_code);

@@ -1,0 +1,86 @@
+//! Downstream mappers: who holds translations to shared memory and must be
+//! told when it goes and comes, such as VFIO.
+
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::error::{Error, Result};
+use crate::range::Range;
+
+/// A downstream mapper of a region's shared store.
+///
+/// Called on the thread that converts, with the range locked: a listener must
+/// neither convert nor wait for one that does. Ranges are offsets into the
+/// region; calls come per run, not per page.
+pub trait Listener: Send + Sync {
+    /// Shared memory is about to go: on return no translation to it is left.
+    fn discard(&self, offsets: Range);
+
+    /// Shared memory has come, and may be mapped. On failure the listener has
+    /// mapped none of it, and the conversion is undone.
+    fn populate(&self, offsets: Range) -> io::Result<()>;
+
+    /// Tells this listener of a region from others.
+    fn identity(&self) -> usize;
+}
+
+/// The listeners of a region, in order of registration. The list changes only
+/// under the lock of the whole region, so never within a conversion.
+#[derive(Default)]
+pub(crate) struct Listeners(RwLock<Vec<Arc<dyn Listener>>>);
+
+impl Listeners {
+    fn all(&self) -> Vec<Arc<dyn Listener>> {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Adds a listener and shows it the shared `runs`. Nothing is added on failure.
+    pub(crate) fn add(
+        &self,
+        listener: Arc<dyn Listener>,
+        runs: impl Iterator<Item = Range>,
+    ) -> Result<()> {
+        let mut shown = Vec::new();
+        for run in runs {
+            if let Err(e) = listener.populate(run) {
+                shown.into_iter().for_each(|run| listener.discard(run));
+                return Err(Error::kernel("a downstream listener", e));
+            }
+            shown.push(run);
+        }
+        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        list.push(listener);
+        Ok(())
+    }
+
+    /// Removes a listener, and takes the shared `runs` from it.
+    pub(crate) fn remove(&self, identity: usize, runs: impl Iterator<Item = Range>) -> Result<()> {
+        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let at = list.iter().position(|l| l.identity() == identity);
+        let listener = list.remove(at.ok_or(Error::NoSuchListener)?);
+        drop(list);
+        runs.for_each(|run| listener.discard(run));
+        Ok(())
+    }
+
+    pub(crate) fn discard(&self, offsets: Range) {
+        for listener in self.all() {
+            listener.discard(offsets);
+        }
+    }
+
+    /// All listeners map `offsets`, or none does.
+    pub(crate) fn populate(&self, offsets: Range) -> Result<()> {
+        let all = self.all();
+        for (done, listener) in all.iter().enumerate() {
+            if let Err(e) = listener.populate(offsets) {
+                all[..done].iter().for_each(|l| l.discard(offsets));
+                return Err(Error::kernel("a downstream listener", e));
+            }
+        }
+        Ok(())
+    }
+}
