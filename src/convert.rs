@@ -19,7 +19,8 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::range::Range;
-use crate::region::{RangeGuard, Region};
+use crate::range_lock::RangeGuard;
+use crate::region::Region;
 use crate::state::Side;
 use crate::vm::{Binding, Vm};
 

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`range`] | checked byte ranges; the only place that does arithmetic on what a guest sent |
 //! | [`state`] | the state map: one bit per granule, lock-free to read |
+//! | `range_lock` | orders conversions of overlapping ranges, first come, first served |
 //! | [`kernel`] | every call into the kernel, behind a trait so that tests can fail each of them |
 //! | [`store`] | the two fds of a region: `guest_memfd` (private) and memfd (shared) |
 //! | [`listener`] | downstream mappers, told before shared memory goes and after it has come |
@@ -28,9 +29,11 @@ pub mod ffi;
 pub mod kernel;
 pub mod listener;
 pub mod range;
+mod range_lock;
 pub mod region;
 pub mod state;
 pub mod store;
+mod sync;
 pub mod vm;
 
 pub use error::{Error, Result};

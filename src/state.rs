@@ -5,13 +5,13 @@
 //! different granules may share a word, hence the atomic read-modify-write;
 //! writers of the same granule are kept apart by the region's range lock.
 
-use std::alloc::Layout;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use bitvec::prelude::{BitArray, Lsb0};
 
 use crate::error::{Error, Result};
+use crate::sync::{AtomicU64, zeroed_words};
 
 const BITS: usize = u64::BITS as usize;
 
@@ -51,22 +51,8 @@ pub struct StateMap {
 impl StateMap {
     /// Fails where there is no memory for one bit a granule.
     pub fn new(granules: usize) -> Result<StateMap> {
-        let len = granules.div_ceil(BITS);
-        let no_memory = || Error::NoMemoryForState { granules };
-        let layout = Layout::array::<AtomicU64>(len).map_err(|_| no_memory())?;
-        if len == 0 {
-            let words = Box::default();
-            return Ok(StateMap { words, granules });
-        }
-        // Zeroed by the kernel: a large map costs memory only where touched.
-        // SAFETY: the layout is not of size 0.
-        let raw = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<AtomicU64>();
-        if raw.is_null() {
-            return Err(no_memory());
-        }
-        // SAFETY: `raw` is a new allocation of `len` words with the layout
-        // that the Box will free it with, and zero is a valid `AtomicU64`.
-        let words = unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(raw, len)) };
+        let words = zeroed_words(granules.div_ceil(BITS));
+        let words = words.ok_or(Error::NoMemoryForState { granules })?;
         Ok(StateMap { words, granules })
     }
 

@@ -1,0 +1,97 @@
+//! Every interleaving of the range lock and of the state map's publication.
+
+use std::sync::atomic::Ordering;
+
+use loom::sync::Arc;
+use loom::sync::atomic::AtomicUsize;
+use loom::thread;
+
+use loom_tests::range::{GRANULE, Range};
+use loom_tests::range_lock::RangeLock;
+use loom_tests::state::{Side, StateMap};
+
+fn granules(start: u64, count: u64) -> Range {
+    Range::new(start * GRANULE, count * GRANULE).unwrap()
+}
+
+/// Runs each of `requests` in a thread of its own and counts who is inside.
+fn inside_at_most(requests: [Vec<Range>; 2]) -> usize {
+    let most = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let seen = most.clone();
+    loom::model(move || {
+        let lock = Arc::new(RangeLock::default());
+        let inside = Arc::new(AtomicUsize::new(0));
+        let threads: Vec<_> = requests
+            .iter()
+            .cloned()
+            .map(|ranges| {
+                let (lock, inside, seen) = (lock.clone(), inside.clone(), seen.clone());
+                thread::spawn(move || {
+                    let _guard = lock.acquire(ranges);
+                    let now = inside.fetch_add(1, Ordering::SeqCst) + 1;
+                    seen.fetch_max(now, Ordering::SeqCst);
+                    thread::yield_now();
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
+    most.load(Ordering::SeqCst)
+}
+
+/// No interleaving lets both in, and none leaves one waiting for ever.
+#[test]
+fn overlapping_ranges_exclude_each_other() {
+    let requests = [vec![granules(0, 4)], vec![granules(3, 4)]];
+    assert_eq!(inside_at_most(requests), 1);
+    // Either has a part that the other wants.
+    let requests = [
+        vec![granules(0, 1), granules(5, 1)],
+        vec![granules(5, 1), granules(0, 1)],
+    ];
+    assert_eq!(inside_at_most(requests), 1);
+}
+
+#[test]
+fn disjoint_ranges_run_together() {
+    let requests = [vec![granules(0, 4)], vec![granules(4, 4)]];
+    assert_eq!(inside_at_most(requests), 2);
+}
+
+/// Who sees a granule private also sees what was done before it was published.
+#[test]
+fn publication_comes_after_what_it_tells() {
+    loom::model(|| {
+        let map = Arc::new(StateMap::new(8).unwrap());
+        let switched = Arc::new(AtomicUsize::new(0));
+        let writer = {
+            let (map, switched) = (map.clone(), switched.clone());
+            thread::spawn(move || {
+                switched.store(1, Ordering::Relaxed);
+                map.set(2..4, Side::Private);
+            })
+        };
+        if map.side(3) == Side::Private {
+            assert_eq!(switched.load(Ordering::Relaxed), 1);
+        }
+        writer.join().unwrap();
+    });
+}
+
+/// Conversions of different granules of one word do not undo each other.
+#[test]
+fn neighbours_in_a_word_are_kept() {
+    loom::model(|| {
+        let map = Arc::new(StateMap::new(8).unwrap());
+        map.set(4..6, Side::Private);
+        let other = map.clone();
+        let writer = thread::spawn(move || other.set(0..2, Side::Private));
+        map.set(4..6, Side::Shared);
+        writer.join().unwrap();
+        assert_eq!(map.count_private(0..8), 2);
+        assert_eq!(map.side(1), Side::Private);
+    });
+}
