@@ -370,6 +370,54 @@ static void test_migration_is_blocked(void)
     qtest_quit(qts);
 }
 
+static uint64_t listener_figure(QTestState *qts, const char *name)
+{
+    QDict *response = qtest_qmp(qts, "{ 'execute': 'qom-get', 'arguments': "
+                                "{ 'path': '/machine/peripheral/l', "
+                                "'property': %s } }", name);
+    uint64_t value = qdict_get_int(response, "return");
+
+    qobject_unref(response);
+    return value;
+}
+
+/* A listener maps what is shared, is called per run, and may refuse. */
+static void test_listener(void)
+{
+    QTestState *qts = start_with(
+        "-machine memory-backend=ram0 "
+        "-object memory-backend-private,id=ram0,size=64M,emulate=on "
+        "-device private-memory-testdev,id=l,memdev=ram0");
+    uint64_t calls;
+
+    g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE);
+    for (int run = 0; run < 4; run++) {
+        convert_ok(qts, 1 * MiB + run * 4 * PAGE, 2 * PAGE, true);
+        qtest_memset(qts, 1 * MiB + run * 4 * PAGE, 0x66, 2 * PAGE);
+    }
+    g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE - 8 * PAGE);
+    g_assert_cmpint(listener_figure(qts, "discards"), ==, 4);
+
+    /* The third of four runs is refused: nothing changes, not even contents. */
+    calls = listener_figure(qts, "populates");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'qom-set', 'arguments': "
+                             "{ 'path': '/machine/peripheral/l', "
+                             "'property': 'refuse', 'value': %" PRIu64 " } }",
+                             calls + 3);
+    assert_error(convert(qts, 1 * MiB, 16 * PAGE, false), "listener",
+                 "No space left", NULL);
+    g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE - 8 * PAGE);
+    assert_figure(qts, "ram0", "private", 8 * PAGE);
+    for (int run = 0; run < 4; run++) {
+        assert_page(qts, 1 * MiB + run * 4 * PAGE, 0x66);
+    }
+
+    convert_ok(qts, 1 * MiB, 16 * PAGE, false);
+    g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE);
+    g_assert_cmpint(listener_figure(qts, "populates"), ==, calls + 3 + 4);
+    qtest_quit(qts);
+}
+
 static int64_t dump_size(QTestState *qts, const char *file)
 {
     GStatBuf status;
@@ -489,6 +537,7 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/numa", test_numa);
     qtest_add_func("/private-memory/hmp", test_hmp);
     qtest_add_func("/private-memory/migration", test_migration_is_blocked);
+    qtest_add_func("/private-memory/listener", test_listener);
     qtest_add_func("/private-memory/dump", test_dump);
     qtest_add_func("/private-memory/bad-command-lines",
                    test_bad_command_lines);
