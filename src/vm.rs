@@ -1,6 +1,7 @@
 //! A VM: its trust agent, and which region lies at which guest-physical address.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -145,11 +146,10 @@ impl Vm {
             .bindings
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        match bindings.get(&gpa.start()) {
-            Some(binding) if binding.gpa == gpa => {}
+        let binding = match bindings.entry(gpa.start()) {
+            Entry::Occupied(entry) if entry.get().gpa == gpa => entry.remove(),
             _ => return Err(Error::NotBound(gpa)),
-        }
-        let binding = bindings.remove(&gpa.start()).expect("just looked up");
+        };
         self.clear_state(&binding)
     }
 

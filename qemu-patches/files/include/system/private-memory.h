@@ -55,30 +55,6 @@ bool private_memory_enabled(void);
 int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
                            Error **errp);
 
-/*
- * KVM_HC_MAP_GPA_RANGE: arguments as the guest gave them. Returns what the
- * guest finds in its register: 0 or a negative errno.
- */
-uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
-                                  bool to_private);
-
-/*
- * KVM_EXIT_MEMORY_FAULT. 0 if the vCPU may run on, else a negative errno: the
- * error has been reported and no retry can help.
- */
-int private_memory_fault(hwaddr gpa, uint64_t size);
-
-/*
- * A memory slot for @size bytes of @block, from @offset, is about to appear at
- * @gpa. Returns the fd that goes into the slot, or -1 where there must be no
- * slot: the guest's accesses then come to QEMU, one by one.
- */
-int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
-                            hwaddr size);
-
-/* The slot of private_memory_slot_add() is gone. */
-void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);
-
 /* Out of line part of private_memory_host_access(). */
 bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
                                       hwaddr *len);
@@ -115,23 +91,9 @@ static inline void private_memory_set_kvm_vm(int vm_fd)
 {
 }
 
-static inline bool private_memory_enabled(void)
-{
-    return false;
-}
-
-static inline bool memory_region_is_private_capable(const MemoryRegion *mr)
-{
-    return false;
-}
-
-/* Never called, as nothing is enabled; the compiler drops the callers. */
-uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
-                                  bool to_private);
-int private_memory_fault(hwaddr gpa, uint64_t size);
-int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
-                            hwaddr size);
-void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);
+/* Macros, so that the calls below are dropped without optimization, too. */
+#define private_memory_enabled() (0)
+#define memory_region_is_private_capable(mr) (0)
 
 static inline bool private_memory_check_host_access(hwaddr gpa, uint64_t size,
                                                     Error **errp)
@@ -146,5 +108,31 @@ static inline bool private_memory_host_access(MemoryRegion *mr, hwaddr offset,
 }
 
 #endif /* CONFIG_PRIVATE_MEMORY */
+
+/* The rest is only called where memory is enabled or private-capable. */
+
+/*
+ * KVM_HC_MAP_GPA_RANGE: arguments as the guest gave them. Returns what the
+ * guest finds in its register: 0 or a negative errno.
+ */
+uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
+                                  bool to_private);
+
+/*
+ * KVM_EXIT_MEMORY_FAULT. 0 if the vCPU may run on, else a negative errno: the
+ * error has been reported and no retry can help.
+ */
+int private_memory_fault(hwaddr gpa, uint64_t size);
+
+/*
+ * A memory slot for @size bytes of @block, from @offset, is about to appear at
+ * @gpa. Returns the fd that goes into the slot, or -1 where there must be no
+ * slot: the guest's accesses then come to QEMU, one by one.
+ */
+int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
+                            hwaddr size);
+
+/* The slot of private_memory_slot_add() is gone. */
+void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);
 
 #endif /* SYSTEM_PRIVATE_MEMORY_H */
