@@ -40,6 +40,15 @@ impl Binding {
     pub(crate) fn offsets(&self) -> Range {
         self.gpa.rebase(self.gpa.start(), self.offset)
     }
+
+    /// The runs of this stretch as the guest sees them.
+    fn runs(&self) -> impl Iterator<Item = (Range, Side)> {
+        let runs = self.region.state.runs(self.offsets().granules());
+        runs.map(|run| {
+            let offsets = Range::from_granules(run.granules);
+            (offsets.rebase(self.offset, self.gpa.start()), run.side)
+        })
+    }
 }
 
 /// A VM. Regions belong to one VM; bindings say where its guest sees them.
@@ -182,24 +191,23 @@ impl Vm {
 
     /// Makes KVM's attributes agree with the state map; all shared on failure.
     fn apply_state(&self, binding: &Binding) -> Result<()> {
-        let offsets = binding.offsets();
         let applied = binding
-            .region
-            .state
-            .runs(offsets.granules())
-            .try_for_each(|run| {
-                let run_offsets = Range::from_granules(run.granules);
-                let gpa = run_offsets.rebase(binding.offset, binding.gpa.start());
-                self.set_attributes(gpa, run.side)
-            });
+            .runs()
+            .try_for_each(|(gpa, side)| self.set_attributes(gpa, side));
         if applied.is_err() {
             let _ = self.clear_state(binding);
         }
         applied
     }
 
+    /// Makes all of a binding shared for KVM. Only what is private: KVM walks
+    /// page by page through a range of which anything changes.
     fn clear_state(&self, binding: &Binding) -> Result<()> {
-        self.set_attributes(binding.gpa, Side::Shared)
+        binding
+            .runs()
+            .filter(|(_, side)| *side == Side::Private)
+            .map(|(gpa, _)| self.set_attributes(gpa, Side::Shared))
+            .fold(Ok(()), Result::and)
     }
 
     /// `KVM_SET_MEMORY_ATTRIBUTES`; nothing to do for the emulated agent.
