@@ -26,7 +26,7 @@ pub fn run(lab: &Lab) -> Result<()> {
     say!("kernel {}, QEMU {}", lab.kernel, lab.line);
     say!("{}", lab.kvm);
     let launch = Launch::private(lab).with(&format!(
-        "-trace kvm_ioctl -trace kvm_set_user_memory -D {TRACE}"
+        "-smp 1 -trace kvm_ioctl -trace kvm_set_user_memory -D {TRACE}"
     ));
     let mut machine = launch.start_guest()?;
     let before = machine.region("ram0")?;

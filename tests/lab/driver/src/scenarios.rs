@@ -72,6 +72,8 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("operator-converts", operator_converts),
         Scenario::new("accounting", accounting),
         Scenario::new("pmemsave", pmemsave),
+        Scenario::new("dump-leaves-private-out", dump_leaves_private_out),
+        Scenario::new("listener-refuses", listener_refuses),
         Scenario::new("hmp-info", hmp_info),
         Scenario::new("two-objects-numa", two_objects_numa),
         Scenario::new("two-vcpus-apart", two_vcpus_apart),
@@ -302,6 +304,76 @@ fn pmemsave(lab: &Lab) -> Result<()> {
     }
     machine.check(BASE, 3, 7)?;
     machine.finish()
+}
+
+/// A dump has no private page, and none is taken for it.
+fn dump_leaves_private_out(lab: &Lab) -> Result<()> {
+    const FILE: &str = "/tmp/guest.dump";
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.convert(0x100_0000, (RAM - 0x100_0000) / PAGE, Private)?;
+    machine.fill(BASE, 8, 7)?;
+    machine.convert(BASE + 4 * PAGE, 1, Shared)?;
+    machine.fill(BASE + 4 * PAGE, 1, 8)?;
+    let arguments = json!({ "paging": false, "protocol": format!("file:{FILE}") });
+    machine
+        .qmp
+        .execute("dump-guest-memory", &arguments)?
+        .map_err(anyhow::Error::msg)?;
+    let dump = fs::read(FILE)?;
+    fs::remove_file(FILE)?;
+    ensure!(
+        dump.len() < 0x200_0000,
+        "a dump of 16 MiB of shared memory has {} bytes",
+        dump.len()
+    );
+    let words = || dump.windows(64).step_by(4);
+    let has = |page: Vec<u8>| words().any(|bytes| bytes == &page[..64]);
+    ensure!(
+        has(pattern(BASE + 4 * PAGE, PAGE, 8)),
+        "the dump lacks a shared page"
+    );
+    ensure!(!has(pattern(BASE, PAGE, 7)), "the dump has a private page");
+    same_held(&machine.region("ram0")?, 7 * PAGE)?;
+    machine.check(BASE, 4, 7)?;
+    machine.finish()
+}
+
+/// The guest is told, and state, contents and mappings are as they were.
+fn listener_refuses(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab)
+        .with("-device private-memory-testdev,id=l,memdev=ram0")
+        .start_guest()?;
+    same("mapped", listener(&mut machine, "mapped")?, RAM)?;
+    for run in 0..4 {
+        machine.convert(BASE + 4 * run * PAGE, 2, Private)?;
+        machine.fill(BASE + 4 * run * PAGE, 2, run + 1)?;
+    }
+    same("mapped", listener(&mut machine, "mapped")?, RAM - 8 * PAGE)?;
+    let third = listener(&mut machine, "populates")? + 3;
+    let property = json!({ "path": "/machine/peripheral/l", "property": "refuse", "value": third });
+    machine
+        .qmp
+        .execute("qom-set", &property)?
+        .map_err(anyhow::Error::msg)?;
+    let refused = machine.hypercall(BASE, 16, Shared)?;
+    same("what the guest got", refused, -i64::from(libc::ENOSPC))?;
+    same("private", machine.region("ram0")?.private, 8 * PAGE)?;
+    same("mapped", listener(&mut machine, "mapped")?, RAM - 8 * PAGE)?;
+    for run in 0..4 {
+        machine.check(BASE + 4 * run * PAGE, 2, run + 1)?;
+    }
+    machine.convert(BASE, 16, Shared)?;
+    machine.check_zero(BASE, 2)?;
+    same("mapped", listener(&mut machine, "mapped")?, RAM)?;
+    machine.finish()
+}
+
+/// A figure of the listener `l`.
+fn listener(machine: &mut Machine, name: &str) -> Result<u64> {
+    let property = json!({ "path": "/machine/peripheral/l", "property": name });
+    let value = machine.qmp.execute("qom-get", &property)?;
+    let value = value.map_err(anyhow::Error::msg)?;
+    value.as_u64().context("it is no number")
 }
 
 fn hmp_info(lab: &Lab) -> Result<()> {
