@@ -24,7 +24,6 @@ macro_rules! say {
 
 pub fn run(lab: &Lab) -> Result<()> {
     say!("kernel {}, QEMU {}", lab.kernel, lab.line);
-    say!("{}", lab.kvm);
     let launch = Launch::private(lab).with(&format!(
         "-smp 1 -trace kvm_ioctl -trace kvm_set_user_memory -D {TRACE}"
     ));
