@@ -32,8 +32,8 @@ pub const BUILD: &[&str] = &[
     "xz-utils",
 ];
 
-/// To check the header and the C clients with both compilers.
-pub const COMPILERS: &[&str] = &["build-essential", "clang", "pkg-config"];
+/// To check the header and the C clients with both compilers and valgrind.
+pub const COMPILERS: &[&str] = &["build-essential", "clang", "pkg-config", "valgrind"];
 
 const MESON: &str = "meson>=1.5";
 

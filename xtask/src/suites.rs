@@ -271,7 +271,49 @@ fn libtest(log: &str) -> Tally {
     tally
 }
 
-/// Each C client with each compiler, against the library as it is installed.
+/// A way to build and run a C client.
+struct Build {
+    name: &'static str,
+    compiler: &'static str,
+    flags: &'static [&'static str],
+    /// The words before the program.
+    runner: &'static [&'static str],
+}
+
+const BUILDS: &[Build] = &[
+    Build {
+        name: "gcc",
+        compiler: "gcc",
+        flags: &[],
+        runner: &[],
+    },
+    Build {
+        name: "clang",
+        compiler: "clang",
+        flags: &[],
+        runner: &[],
+    },
+    Build {
+        name: "sanitizers",
+        compiler: "gcc",
+        flags: &["-fsanitize=address,undefined", "-fno-sanitize-recover"],
+        runner: &[],
+    },
+    Build {
+        name: "valgrind",
+        compiler: "gcc",
+        flags: &[],
+        runner: &[
+            "valgrind",
+            "--quiet",
+            "--error-exitcode=1",
+            "--leak-check=full",
+            "--errors-for-leak-kinds=definite",
+        ],
+    },
+];
+
+/// Each C client in every build, against the library as it is installed.
 fn c_clients(cx: &Context) -> Result<Tally> {
     let _guard = cx.cache.lock()?;
     setup::packages(cx, setup::COMPILERS)?;
@@ -279,18 +321,16 @@ fn c_clients(cx: &Context) -> Result<Tally> {
     let dir = tempfile::tempdir()?;
     let mut tally = Tally::default();
     for source in c_files(&cx.root.join("tests/c"))? {
-        for compiler in ["gcc", "clang"] {
+        for build in BUILDS {
             let stem = source.file_stem().unwrap_or_default().to_string_lossy();
-            let name = format!("{stem} ({compiler})");
+            let name = format!("{stem} ({})", build.name);
             let program = dir.path().join(&name);
-            match c_client(compiler, &source, &flags, &program) {
+            match c_client(build, &source, &flags, &program) {
                 Ok(Some(why)) => tally.skipped.push(format!("{name}: {why}")),
-                result => {
-                    tally.check(&name, result.map(drop));
-                    let free = symbols::without(&program, "kvm_bindings");
-                    tally.check(&format!("{name} has no code of kvm-bindings"), free);
-                }
+                result => tally.check(&name, result.map(drop)),
             }
+            let free = symbols::without(&program, "kvm_bindings");
+            tally.check(&format!("{name} has no code of kvm-bindings"), free);
         }
     }
     Ok(tally.ended("tests/c", true))
@@ -309,21 +349,24 @@ fn c_files(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// Builds and runs one client; a reason if it had to skip.
 fn c_client(
-    compiler: &str,
+    build: &Build,
     source: &Path,
     flags: &[String],
     program: &Path,
 ) -> Result<Option<String>> {
     run::ask(
-        Command::new(compiler)
+        Command::new(build.compiler)
             .args(["-std=c11", "-g", "-pthread"])
             .args(WARNINGS)
+            .args(build.flags)
             .arg("-o")
             .arg(program)
             .arg(source)
             .args(flags),
     )?;
-    let output = Command::new(program).output()?;
+    let mut words = build.runner.iter().map(Path::new).chain([program]);
+    let mut command = Command::new(words.next().unwrap_or(program));
+    let output = command.args(words).output()?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     match output.status.code() {
         Some(0) => Ok(None),
