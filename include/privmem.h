@@ -47,12 +47,16 @@ struct privmem_vm;
 /**
  * A downstream mapper of a region's shared store, such as VFIO: told before
  * shared memory goes and after it has come. Offsets and sizes are in bytes of
- * the region; calls come per run, not per page.
+ * the region. Calls come per run, not per page; a conversion cuts runs into
+ * pieces of at most 64 MiB. A discard may cover a part of what was populated
+ * in one call, or what was in several, and memory that is not mapped, which it
+ * passes over.
  *
- * The functions are called on the thread that converts, while the range is
- * locked, and by `privmem_region_add_listener` and
- * `privmem_region_remove_listener`. They must neither convert nor wait for
- * another thread that does.
+ * The functions are called on the thread that converts, adds or removes a
+ * listener, resets or frees the region, with locks held. They must call no
+ * function of this library but `privmem_last_error`, `privmem_region_info`,
+ * `privmem_region_next_run` and the like, which take no lock, and must not
+ * wait for a thread that does.
  */
 struct privmem_listener {
   /**
@@ -258,7 +262,7 @@ int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
  * in order of arrival.
  *
  * Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
- * bound; otherwise what the kernel returned. A call that failed is undone;
+ * bound; otherwise what the kernel or a listener returned. A call that failed is undone;
  * where contents were lost or the kernel would not go back, the message says
  * how many bytes.
  *
@@ -310,7 +314,8 @@ int privmem_region_new(const struct privmem_vm *vm,
                        struct privmem_region **region);
 
 /**
- * Ends all bindings of a region, closes its fds and frees it; NULL is ignored.
+ * Takes all that is shared from the listeners of a region, ends its bindings,
+ * closes its fds and frees it; NULL is ignored.
  *
  * Memory slots of the region must be gone, and no other thread may use it.
  *
@@ -346,8 +351,9 @@ int privmem_region_private_fd(const struct privmem_region *region);
  * this function returns, and of what goes and comes from then on. The table is
  * copied. Waits for conversions that run.
  *
- * Errors: -EINVAL for NULL, a table that is too small or lacks a function; what
- * the listener returned, which is not registered then.
+ * Errors: -EINVAL for NULL, a table that is too small or lacks a function;
+ * -EEXIST where one with this `opaque` is registered; what the listener
+ * returned, which is not registered then.
  *
  * # Safety
  * `region` is NULL or a live handle; `listener` is NULL or a table whose
@@ -370,7 +376,8 @@ int privmem_region_remove_listener(const struct privmem_region *region, void *op
  * Makes all of a region shared again and frees its private pages, as at the
  * reset of a machine. vCPUs do not run meanwhile. May sleep.
  *
- * Errors: what the kernel returned; the region may be partly reset then.
+ * Errors: what the kernel or a listener returned; the region may be partly
+ * reset then.
  *
  * # Safety
  * `region` is NULL or a live handle.

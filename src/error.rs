@@ -39,6 +39,9 @@ pub enum Error {
     #[error("the region has no binding number {index}")]
     NoSuchBinding { index: usize },
 
+    #[error("the listener is registered already")]
+    AlreadyListening,
+
     #[error("the region has no such listener")]
     NoSuchListener,
 
@@ -108,7 +111,7 @@ impl Error {
             | Error::Overflow { .. }
             | Error::OutsideRegion(..)
             | Error::NotPrivateCapable { .. } => libc::EINVAL,
-            Error::AlreadyBound { .. } => libc::EEXIST,
+            Error::AlreadyBound { .. } | Error::AlreadyListening => libc::EEXIST,
             Error::NotBound(_) | Error::NoSuchBinding { .. } | Error::NoSuchListener => {
                 libc::ENOENT
             }

@@ -80,12 +80,16 @@ pub struct privmem_binding {
 
 /// A downstream mapper of a region's shared store, such as VFIO: told before
 /// shared memory goes and after it has come. Offsets and sizes are in bytes of
-/// the region; calls come per run, not per page.
+/// the region. Calls come per run, not per page; a conversion cuts runs into
+/// pieces of at most 64 MiB. A discard may cover a part of what was populated
+/// in one call, or what was in several, and memory that is not mapped, which it
+/// passes over.
 ///
-/// The functions are called on the thread that converts, while the range is
-/// locked, and by `privmem_region_add_listener` and
-/// `privmem_region_remove_listener`. They must neither convert nor wait for
-/// another thread that does.
+/// The functions are called on the thread that converts, adds or removes a
+/// listener, resets or frees the region, with locks held. They must call no
+/// function of this library but `privmem_last_error`, `privmem_region_info`,
+/// `privmem_region_next_run` and the like, which take no lock, and must not
+/// wait for a thread that does.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct privmem_listener {
@@ -341,7 +345,7 @@ pub unsafe extern "C" fn privmem_vm_unbind(vm: *const privmem_vm, gpa: u64, size
 /// in order of arrival.
 ///
 /// Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
-/// bound; otherwise what the kernel returned. A call that failed is undone;
+/// bound; otherwise what the kernel or a listener returned. A call that failed is undone;
 /// where contents were lost or the kernel would not go back, the message says
 /// how many bytes.
 ///
@@ -425,7 +429,8 @@ pub unsafe extern "C" fn privmem_region_new(
     })
 }
 
-/// Ends all bindings of a region, closes its fds and frees it; NULL is ignored.
+/// Takes all that is shared from the listeners of a region, ends its bindings,
+/// closes its fds and frees it; NULL is ignored.
 ///
 /// Memory slots of the region must be gone, and no other thread may use it.
 ///
@@ -437,6 +442,7 @@ pub unsafe extern "C" fn privmem_region_free(region: *mut privmem_region) {
         if !region.is_null() {
             // SAFETY: `put_new` made the Box, and the caller gives it up.
             let region = unsafe { Box::from_raw(region) };
+            region.0.remove_all_listeners();
             region.0.vm.unbind_region(&region.0);
         }
         Ok(())
@@ -489,8 +495,9 @@ unsafe fn store_fd(region: *const privmem_region, side: Side) -> c_int {
 /// this function returns, and of what goes and comes from then on. The table is
 /// copied. Waits for conversions that run.
 ///
-/// Errors: -EINVAL for NULL, a table that is too small or lacks a function; what
-/// the listener returned, which is not registered then.
+/// Errors: -EINVAL for NULL, a table that is too small or lacks a function;
+/// -EEXIST where one with this `opaque` is registered; what the listener
+/// returned, which is not registered then.
 ///
 /// # Safety
 /// `region` is NULL or a live handle; `listener` is NULL or a table whose
@@ -502,15 +509,22 @@ pub unsafe extern "C" fn privmem_region_add_listener(
     listener: *const privmem_listener,
 ) -> c_int {
     guard(|| {
-        // SAFETY: a live handle and a table, or NULL, by contract.
-        let (region, table) = unsafe { (borrow(region, "region")?, borrow(listener, "listener")?) };
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        if listener.is_null() {
+            return Err(null("listener"));
+        }
+        // SAFETY: not NULL; a table of any version starts with its size.
+        let size = unsafe { (&raw const (*listener).size).read() };
+        if size < size_of::<privmem_listener>() {
+            let text = format!("the listener's table of {size} bytes is too small");
+            return Err(Error::InvalidArgument(text));
+        }
+        // SAFETY: a table at least as large as the one known here.
+        let table = unsafe { borrow(listener, "listener") }?;
         let (Some(discard), Some(populate)) = (table.discard, table.populate) else {
             return Err(null("a function of the listener"));
         };
-        if table.size < size_of::<privmem_listener>() {
-            let text = format!("the listener's table of {} bytes is too small", table.size);
-            return Err(Error::InvalidArgument(text));
-        }
         let opaque = table.opaque;
         region.0.add_listener(Arc::new(CListener {
             opaque,
@@ -540,7 +554,8 @@ pub unsafe extern "C" fn privmem_region_remove_listener(
 /// Makes all of a region shared again and frees its private pages, as at the
 /// reset of a machine. vCPUs do not run meanwhile. May sleep.
 ///
-/// Errors: what the kernel returned; the region may be partly reset then.
+/// Errors: what the kernel or a listener returned; the region may be partly
+/// reset then.
 ///
 /// # Safety
 /// `region` is NULL or a live handle.

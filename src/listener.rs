@@ -9,11 +9,12 @@ use crate::range::Range;
 
 /// A downstream mapper of a region's shared store.
 ///
-/// Called on the thread that converts, with the range locked: a listener must
-/// neither convert nor wait for one that does. Ranges are offsets into the
-/// region; calls come per run, not per page.
+/// Called with locks held, on the thread that converts or that adds or removes
+/// the listener: it must do neither itself, nor wait for one that does. Ranges
+/// are offsets into the region; calls come per run, not per page.
 pub trait Listener: Send + Sync {
     /// Shared memory is about to go: on return no translation to it is left.
+    /// Part of it may not be mapped.
     fn discard(&self, offsets: Range);
 
     /// Shared memory has come, and may be mapped. On failure the listener has
@@ -43,6 +44,13 @@ impl Listeners {
         listener: Arc<dyn Listener>,
         runs: impl Iterator<Item = Range>,
     ) -> Result<()> {
+        if self
+            .all()
+            .iter()
+            .any(|l| l.identity() == listener.identity())
+        {
+            return Err(Error::AlreadyListening);
+        }
         let mut shown = Vec::new();
         for run in runs {
             if let Err(e) = listener.populate(run) {
@@ -64,6 +72,13 @@ impl Listeners {
         drop(list);
         runs.for_each(|run| listener.discard(run));
         Ok(())
+    }
+
+    /// Forgets all listeners, after taking the shared `runs` from them.
+    pub(crate) fn clear(&self, runs: impl Iterator<Item = Range>) {
+        runs.for_each(|run| self.discard(run));
+        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        list.clear();
     }
 
     pub(crate) fn discard(&self, offsets: Range) {

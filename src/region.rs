@@ -157,6 +157,12 @@ impl Region {
         self.listeners.remove(identity, self.shared_runs())
     }
 
+    /// As [`Region::remove_listener`], for all; before the region goes.
+    pub fn remove_all_listeners(&self) {
+        let _held = self.lock.acquire(vec![self.size]);
+        self.listeners.clear(self.shared_runs());
+    }
+
     fn shared_runs(&self) -> impl Iterator<Item = Range> {
         self.state
             .runs(self.size.granules())

@@ -130,6 +130,7 @@ static void listeners_are_told(const struct privmem_vm *vm,
     CHECK(convert(vm, 0, PAGES * PAGE, false) == 0);
     CHECK(privmem_region_add_listener(region, &listener) == 0);
     CHECK(mapper.mapped == PAGES * PAGE);
+    CHECK(privmem_region_add_listener(region, &listener) == -EEXIST);
     CHECK(convert(vm, 0, 2 * PAGE, true) == 0);
     CHECK(mapper.mapped == (PAGES - 2) * PAGE);
     mapper.limit = mapper.mapped;
@@ -173,6 +174,13 @@ int main(void)
     struct privmem_info info;
     struct privmem_run run;
     struct privmem_binding binding;
+    struct mapper last = { .mapped = 0, .limit = PAGES * PAGE };
+    struct privmem_listener last_listener = {
+        .size = sizeof(last_listener),
+        .opaque = &last,
+        .discard = mapper_discard,
+        .populate = mapper_populate,
+    };
     char picture[PAGES + 1];
     unsigned char *host;
 
@@ -242,9 +250,13 @@ int main(void)
     CHECK(privmem_vm_unbind(vm, 0, PAGE) == -ENOENT);
     CHECK(privmem_vm_unbind(vm, 0, PAGES * PAGE) == 0);
 
+    /* A region takes leave of its listeners. */
+    CHECK(privmem_region_add_listener(region, &last_listener) == 0);
+    CHECK(last.mapped == PAGES * PAGE);
     /* A VM handle may go before its regions. */
     privmem_vm_free(vm);
     privmem_region_free(region);
+    CHECK(last.mapped == 0);
     munmap(host, PAGES * PAGE);
     return 0;
 }

@@ -240,8 +240,9 @@ static void private_backend_register_listener(RamDiscardManager *rdm,
 
     rdl->section = memory_region_section_new_copy(section);
     if (privmem_region_add_listener(m->region, &listener)) {
-        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': a listener cannot "
-                     "map what is shared: %s",
+        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': a device cannot map "
+                     "what is shared, and reaches no guest memory: %s; remove "
+                     "it and add it again once it can",
                      object_get_canonical_path_component(OBJECT(m)),
                      privmem_last_error());
     }
@@ -300,7 +301,7 @@ static bool private_backend_is_populated(const RamDiscardManager *rdm,
     return !replay(rdm, section, true, found, NULL);
 }
 
-#if QEMU_VERSION_MAJOR == 10 && QEMU_VERSION_MINOR == 0
+#ifdef PRIVATE_MEMORY_VOID_REPLAY
 
 struct VoidReplay {
     ReplayRamDiscard fn;

@@ -159,12 +159,10 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
         invalidate_code(gpa, done);
     }
     if (ret) {
-        error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s: %s",
-                   gpa, size, to_private ? "private" : "shared",
+        error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s "
+                   "(0x%" PRIx64 " bytes are done): %s", gpa, size,
+                   to_private ? "private" : "shared", done,
                    privmem_last_error());
-        if (done) {
-            error_append_hint(errp, "0x%" PRIx64 " bytes are done.\n", done);
-        }
     }
     return ret;
 }
@@ -172,12 +170,19 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
 uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
                                   bool to_private)
 {
+    g_autoptr(Error) err = NULL;
     uint64_t size;
+    int ret;
 
     if (umul64_overflow(pages, 4 * KiB, &size)) {
         return -EINVAL;
     }
-    return private_memory_convert(gpa, size, to_private, NULL);
+    ret = private_memory_convert(gpa, size, to_private, &err);
+    if (ret && ret != -EINVAL) {
+        /* Not the guest's fault; but a guest must not fill the log. */
+        warn_report_once("%s", error_get_pretty(err));
+    }
+    return ret;
 }
 
 int private_memory_fault(hwaddr gpa, uint64_t size)

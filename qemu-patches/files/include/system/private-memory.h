@@ -12,10 +12,12 @@
 #define SYSTEM_PRIVATE_MEMORY_H
 
 #include "system/hostmem.h"
+/* What differs between lines. */
 #if QEMU_VERSION_MAJOR == 10 && QEMU_VERSION_MINOR == 0
 #include "exec/address-spaces.h"
 #include "exec/ramblock.h"
 typedef void ClassInitData;
+#define PRIVATE_MEMORY_VOID_REPLAY
 #else
 #include "system/address-spaces.h"
 #include "system/ramblock.h"

@@ -479,6 +479,11 @@ static void test_bad_command_lines(void)
                     "memory-backend-private,id=ram0,size=32M,emulate=on "
                     "-numa node,memdev=ram0 -numa node,memdev=ram0",
                     (const char *[]) { "ram0", "multiple times", NULL });
+    assert_no_start("-m 64M,maxmem=1G -object "
+                    "memory-backend-private,id=p0,size=64M,emulate=on "
+                    "-device virtio-mem-pci,memdev=p0",
+                    (const char *[]) { "'memdev'", "memory-backend-private",
+                                       "another memory backend", NULL });
 }
 
 static uint16_t wait_for_change(QTestState *qts, uint64_t address,
