@@ -97,32 +97,25 @@ impl Apt {
 
     /// Downloads a source package; returns its .dsc.
     pub fn source(&self, package: &str, version: &str) -> Result<PathBuf> {
-        let mut command = self.tool("apt-get");
-        command
-            .args(["source", "--download-only", "--only-source"])
-            .arg(format!("{package}={version}"))
-            .current_dir(&self.downloads);
-        run::step(
-            &self.cache,
-            &format!("download {package} {version}"),
-            command,
-        )?;
+        let command = ["source", "--download-only", "--only-source"];
+        self.download(&command, package, version)?;
         let dsc = format!("{package}_{}.dsc", without_epoch(version));
         existing(self.downloads.join(dsc))
     }
 
-    /// Downloads a binary package; returns its .deb.
-    fn package(&self, package: &str, version: &str) -> Result<PathBuf> {
-        let mut command = self.tool("apt-get");
-        command
-            .arg("download")
+    fn download(&self, command: &[&str], package: &str, version: &str) -> Result<()> {
+        let mut apt_get = self.tool("apt-get");
+        apt_get
+            .args(command)
             .arg(format!("{package}={version}"))
             .current_dir(&self.downloads);
-        run::step(
-            &self.cache,
-            &format!("download {package} {version}"),
-            command,
-        )?;
+        let what = format!("download {package} {version}");
+        run::step(&self.cache, &what, apt_get)
+    }
+
+    /// Downloads a binary package; returns its .deb.
+    fn package(&self, package: &str, version: &str) -> Result<PathBuf> {
+        self.download(&["download"], package, version)?;
         downloaded(&self.downloads, package, version)
             .with_context(|| format!("apt-get left no {package} {version} behind"))
     }

@@ -141,12 +141,14 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
 static void private_backend_reset(void *opaque)
 {
     HostMemoryBackendPrivate *m = opaque;
+    MemoryRegion *mr = &MEMORY_BACKEND(m)->mr;
 
     if (privmem_region_reset(m->region)) {
         error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be reset: %s",
                      object_get_canonical_path_component(OBJECT(m)),
                      privmem_last_error());
     }
+    memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
 
 static bool private_backend_memory_alloc(HostMemoryBackend *backend,

@@ -346,6 +346,21 @@ static void test_numa(void)
     qtest_quit(qts);
 }
 
+static void test_reset(void)
+{
+    QTestState *qts = start();
+
+    qtest_memset(qts, 1 * MiB, 0x12, 2 * PAGE);
+    convert_ok(qts, 1 * MiB, PAGE, true);
+    qtest_memset(qts, 1 * MiB, 0x34, PAGE);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'system_reset' }");
+    qtest_qmp_eventwait(qts, "RESET");
+    assert_figure(qts, "ram0", "private", 0);
+    assert_page(qts, 1 * MiB, 0);
+    assert_page(qts, 1 * MiB + PAGE, 0x12);
+    qtest_quit(qts);
+}
+
 static void test_hmp(void)
 {
     QTestState *qts = start();
@@ -540,6 +555,7 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/object-add-del", test_object_add_del);
     qtest_add_func("/private-memory/fd-limit", test_fd_limit);
     qtest_add_func("/private-memory/numa", test_numa);
+    qtest_add_func("/private-memory/reset", test_reset);
     qtest_add_func("/private-memory/hmp", test_hmp);
     qtest_add_func("/private-memory/migration", test_migration_is_blocked);
     qtest_add_func("/private-memory/listener", test_listener);

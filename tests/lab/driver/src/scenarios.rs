@@ -187,6 +187,14 @@ fn guest_converts(lab: &Lab) -> Result<()> {
     machine.finish()
 }
 
+/// The machine goes on: its guest converts pages and finds what it should.
+fn still_converts(machine: &mut Machine) -> Result<()> {
+    no_errors(
+        &machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?,
+        20,
+    )
+}
+
 /// The guest did `conversions`, none failed, all contents were right.
 fn no_errors(counts: &HashMap<String, u64>, conversions: u64) -> Result<()> {
     let count = |name: &str| counts.get(name).copied();
@@ -315,10 +323,7 @@ fn dump_leaves_private_out(lab: &Lab) -> Result<()> {
     machine.convert(BASE + 4 * PAGE, 1, Shared)?;
     machine.fill(BASE + 4 * PAGE, 1, 8)?;
     let arguments = json!({ "paging": false, "protocol": format!("file:{FILE}") });
-    machine
-        .qmp
-        .execute("dump-guest-memory", &arguments)?
-        .map_err(anyhow::Error::msg)?;
+    machine.qmp.call("dump-guest-memory", arguments)?;
     let dump = fs::read(FILE)?;
     fs::remove_file(FILE)?;
     ensure!(
@@ -351,10 +356,7 @@ fn listener_refuses(lab: &Lab) -> Result<()> {
     same("mapped", listener(&mut machine, "mapped")?, RAM - 8 * PAGE)?;
     let third = listener(&mut machine, "populates")? + 3;
     let property = json!({ "path": "/machine/peripheral/l", "property": "refuse", "value": third });
-    machine
-        .qmp
-        .execute("qom-set", &property)?
-        .map_err(anyhow::Error::msg)?;
+    machine.qmp.call("qom-set", property)?;
     let refused = machine.hypercall(BASE, 16, Shared)?;
     same("what the guest got", refused, -i64::from(libc::ENOSPC))?;
     same("private", machine.region("ram0")?.private, 8 * PAGE)?;
@@ -371,8 +373,7 @@ fn listener_refuses(lab: &Lab) -> Result<()> {
 /// A figure of the listener `l`.
 fn listener(machine: &mut Machine, name: &str) -> Result<u64> {
     let property = json!({ "path": "/machine/peripheral/l", "property": name });
-    let value = machine.qmp.execute("qom-get", &property)?;
-    let value = value.map_err(anyhow::Error::msg)?;
+    let value = machine.qmp.call("qom-get", property)?;
     value.as_u64().context("it is no number")
 }
 
@@ -871,10 +872,7 @@ fn object_add_del(lab: &Lab) -> Result<()> {
         text.contains("ram0"),
         "the refusal does not name ram0: {text}"
     );
-    no_errors(
-        &machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?,
-        20,
-    )?;
+    still_converts(&mut machine)?;
     machine.finish()
 }
 
@@ -931,10 +929,7 @@ fn object_in_use(lab: &Lab) -> Result<()> {
         text.contains("ram0"),
         "the refusal does not name ram0: {text}"
     );
-    no_errors(
-        &machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?,
-        20,
-    )?;
+    still_converts(&mut machine)?;
     machine.finish()
 }
 
