@@ -262,9 +262,9 @@ int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
  * in order of arrival.
  *
  * Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
- * bound; otherwise what the kernel or a listener returned. A call that failed is undone;
- * where contents were lost or the kernel would not go back, the message says
- * how many bytes.
+ * bound; otherwise what the kernel or a listener returned. A call that failed
+ * is undone; where contents were lost or the kernel would not go back, the
+ * message says how many bytes.
  *
  * # Safety
  * `vm` is NULL or a live handle; `done` is NULL or valid for writing.

@@ -345,9 +345,9 @@ pub unsafe extern "C" fn privmem_vm_unbind(vm: *const privmem_vm, gpa: u64, size
 /// in order of arrival.
 ///
 /// Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
-/// bound; otherwise what the kernel or a listener returned. A call that failed is undone;
-/// where contents were lost or the kernel would not go back, the message says
-/// how many bytes.
+/// bound; otherwise what the kernel or a listener returned. A call that failed
+/// is undone; where contents were lost or the kernel would not go back, the
+/// message says how many bytes.
 ///
 /// # Safety
 /// `vm` is NULL or a live handle; `done` is NULL or valid for writing.
@@ -639,8 +639,8 @@ pub unsafe extern "C" fn privmem_region_info(
 ) -> c_int {
     guard(|| {
         // As long as there is one version of the struct, one size will do.
-        if info.is_null() || info_size < size_of::<privmem_info>() {
-            let text = format!("info is NULL or its size, {info_size}, too small");
+        if info_size < size_of::<privmem_info>() {
+            let text = format!("info_size {info_size} is too small");
             return Err(Error::InvalidArgument(text));
         }
         // SAFETY: a live handle or NULL, by contract.

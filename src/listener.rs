@@ -2,7 +2,7 @@
 //! told when it goes and comes, such as VFIO.
 
 use std::io;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::error::{Error, Result};
 use crate::range::Range;
@@ -31,11 +31,10 @@ pub trait Listener: Send + Sync {
 pub(crate) struct Listeners(RwLock<Vec<Arc<dyn Listener>>>);
 
 impl Listeners {
-    fn all(&self) -> Vec<Arc<dyn Listener>> {
-        self.0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// Held while listeners run: who would change the list waits for the lock
+    /// of the region anyway.
+    fn all(&self) -> RwLockReadGuard<'_, Vec<Arc<dyn Listener>>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds a listener and shows it the shared `runs`. Nothing is added on failure.
@@ -82,7 +81,7 @@ impl Listeners {
     }
 
     pub(crate) fn discard(&self, offsets: Range) {
-        for listener in self.all() {
+        for listener in self.all().iter() {
             listener.discard(offsets);
         }
     }
