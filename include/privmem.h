@@ -45,6 +45,36 @@ struct privmem_region;
 struct privmem_vm;
 
 /**
+ * What a region is made with. Zeroes but for `size` are the defaults: all
+ * shared at first, in pages of 4096 bytes, with memory held for one side only.
+ */
+struct privmem_region_options {
+  /**
+   * `sizeof(struct privmem_region_options)` as the caller was compiled.
+   */
+  size_t size;
+  /**
+   * Bytes of a huge page (hugetlbfs) of the shared store, a power of two, or
+   * 0. A huge page is given back once all of it is private. Not with the
+   * emulated agent.
+   */
+  uint64_t huge_page_size;
+  /**
+   * Whether all of the region is private at first, and after a reset.
+   */
+  bool initially_private;
+  /**
+   * Whether the private store keeps pages, contents included, when memory
+   * becomes shared: memory may be held twice then.
+   */
+  bool keep_private;
+  /**
+   * Whether the shared store keeps pages when memory becomes private.
+   */
+  bool keep_shared;
+};
+
+/**
  * A downstream mapper of a region's shared store, such as VFIO: told before
  * shared memory goes and after it has come. Offsets and sizes are in bytes of
  * the region. Calls come per run, not per page; a conversion cuts runs into
@@ -296,22 +326,106 @@ int privmem_vm_memory_fault(const struct privmem_vm *vm, uint64_t gpa, uint64_t 
 
 /**
  * Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),
- * all shared, with its two stores. Memory is taken when it is touched.
+ * with its two stores. Memory is taken when it is touched.
  *
- * `name` appears in messages and in /proc/PID/fd; it is copied. `region`
- * receives a handle for `privmem_region_free`.
+ * `name` appears in messages and in /proc/PID/fd; it is copied, as are
+ * `options`, which may be NULL for the defaults. `region` receives a handle
+ * for `privmem_region_free`.
  *
- * Errors: -EINVAL for a bad size; -EMFILE, -ENFILE, -ENOMEM, -EFBIG as
- * memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
+ * Errors: -EINVAL for a bad size or bad options; -EMFILE, -ENFILE, -ENOMEM,
+ * -EFBIG as memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
  *
  * # Safety
- * `vm` is NULL or a live handle, `name` is NULL or a C string, `region` is
- * NULL or valid for writing.
+ * `vm` is NULL or a live handle, `name` is NULL or a C string, `options` is
+ * NULL or valid for reading, `region` is NULL or valid for writing.
  */
 int privmem_region_new(const struct privmem_vm *vm,
                        const char *name,
                        uint64_t size,
+                       const struct privmem_region_options *options,
                        struct privmem_region **region);
+
+/**
+ * Takes the memory of all that there is now, with `threads` at once, and from
+ * now on that of whatever changes side before it does: a conversion for which
+ * there is no memory fails, instead of the guest's access. Waits for
+ * conversions that run.
+ *
+ * Errors: -EINVAL for 0 threads; what fallocate returned, such as -ENOMEM or
+ * -ENOSPC. Some of the memory may have been taken then.
+ *
+ * # Safety
+ * `region` is NULL or a live handle.
+ */
+int privmem_region_preallocate(const struct privmem_region *region, size_t threads);
+
+/**
+ * Says on which NUMA nodes memory of the private store is taken, and that it
+ * is taken when memory becomes private, because at the guest's access it
+ * would follow the policy of the vCPU's thread. Takes what is private already,
+ * with `threads` at once. (The shared store follows the policy of its mapping,
+ * mbind(2).) Once for each region; waits for conversions that run.
+ *
+ * `mode` is MPOL_BIND, MPOL_PREFERRED or another one of set_mempolicy(2);
+ * `nodes` are `words` unsigned longs with one bit a node.
+ *
+ * Errors: -EINVAL for NULL, no threads, and what set_mempolicy refuses; -EBUSY
+ * for a region that has a policy; what set_mempolicy or fallocate returned.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `nodes` is NULL or valid for reading
+ * `words` unsigned longs.
+ */
+int privmem_region_set_numa_policy(const struct privmem_region *region,
+                                   int mode,
+                                   const unsigned long *nodes,
+                                   size_t words,
+                                   size_t threads);
+
+/**
+ * Frees the memory of `size` bytes at `offset`, on whichever side they are;
+ * they read zero from now on. For a balloon. Any thread; waits for conversions
+ * of the range.
+ *
+ * Errors: -EINVAL for a range that is unaligned, empty or beyond the region;
+ * what fallocate or a listener returned.
+ *
+ * # Safety
+ * `region` is NULL or a live handle.
+ */
+int privmem_region_discard(const struct privmem_region *region, uint64_t offset, uint64_t size);
+
+/**
+ * Writes which memory is private, to be saved with a machine: one bit a
+ * granule, from the lowest bit of the first byte. `buffer_size` is the number
+ * of granules divided by 8, rounded up. vCPUs do not run meanwhile.
+ *
+ * Errors: -EINVAL for NULL or another size.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `buffer` is NULL or valid for writing
+ * `buffer_size` bytes.
+ */
+int privmem_region_save_state(const struct privmem_region *region,
+                              uint8_t *buffer,
+                              size_t buffer_size);
+
+/**
+ * Puts all memory on the side that `privmem_region_save_state` told, contents
+ * included: those of the visible side, as they were loaded, go along. vCPUs do
+ * not run meanwhile.
+ *
+ * Errors: -EINVAL for NULL or a state of another size; -EOPNOTSUPP with KVM:
+ * only the emulated agent gives contents out; what the kernel or a listener
+ * returned. Part of the memory may have moved then.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `buffer` is NULL or valid for reading
+ * `buffer_size` bytes.
+ */
+int privmem_region_load_state(const struct privmem_region *region,
+                              const uint8_t *buffer,
+                              size_t buffer_size);
 
 /**
  * Takes all that is shared from the listeners of a region, ends its bindings,
@@ -373,8 +487,8 @@ int privmem_region_add_listener(const struct privmem_region *region,
 int privmem_region_remove_listener(const struct privmem_region *region, void *opaque);
 
 /**
- * Makes all of a region shared again and frees its private pages, as at the
- * reset of a machine. vCPUs do not run meanwhile. May sleep.
+ * Puts all of a region on the side where it began, and frees all private
+ * pages, as at the reset of a machine. vCPUs do not run meanwhile. May sleep.
  *
  * Errors: what the kernel or a listener returned; the region may be partly
  * reset then.

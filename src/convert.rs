@@ -66,7 +66,11 @@ impl<'a> Segment<'a> {
     }
 
     fn punch(&self, side: Side) -> Result<()> {
-        self.region.store(side).punch(self.offsets)
+        self.region.punch(side, self.offsets)
+    }
+
+    fn allocate(&self, side: Side) -> Result<()> {
+        self.region.allocate(side, self.offsets)
     }
 
     fn discard(&self) {
@@ -79,6 +83,9 @@ impl<'a> Segment<'a> {
 
     fn publish(&self, side: Side) {
         self.region.state.set(self.offsets.granules(), side);
+        if side == Side::Private {
+            self.region.punch_huge_pages(self.offsets);
+        }
     }
 }
 
@@ -123,9 +130,15 @@ impl Vm {
         });
         while run(&bound.clone().collect::<Vec<_>>(), to)?.is_some() {}
         // What is bound is on its side now; the rest needs no attributes.
+        self.convert_offsets(region, region.range(0, region.size())?, to)
+    }
+
+    /// Puts `offsets` on one side where KVM need not be told: nothing of them
+    /// that changes is bound, or the agent is the emulated one.
+    pub(crate) fn convert_offsets(&self, region: &Region, offsets: Range, to: Side) -> Result<()> {
         let all = Segment {
             region,
-            offsets: region.range(0, region.size())?,
+            offsets,
             gpa: None,
         };
         while run(&[all], to)?.is_some() {}
@@ -236,6 +249,7 @@ where
     I: Iterator<Item = Segment<'a>>,
 {
     step().try_for_each(|change| change.punch(to))?;
+    step().try_for_each(|change| change.allocate(to))?;
     for change in step() {
         change.switch(to)?;
         done.switched += 1;
@@ -281,7 +295,7 @@ fn lock<'a>(segments: &[Segment<'a>]) -> Vec<RangeGuard<'a>> {
     ordered
         .chunk_by(|a, b| a.region.serial == b.region.serial)
         .map(|own| {
-            let ranges = own.iter().map(|s| s.offsets).collect();
+            let ranges = own.iter().map(|s| s.region.locked(s.offsets)).collect();
             own[0].region.lock.acquire(ranges)
         })
         .collect()
@@ -308,11 +322,15 @@ where
             }
             continue;
         }
-        if index < done.switched {
-            // What a vCPU wrote on the new side meanwhile. If it cannot be freed
-            // now, the next conversion frees it before it can come up.
-            let _ = change.punch(to);
-            contents_lost += if index < done.punched { bytes } else { 0 };
+        // What was preallocated, or a vCPU wrote, on the new side meanwhile. If
+        // it cannot be freed now, the next conversion frees it before it can
+        // come up.
+        let _ = change.punch(to);
+        if to == Side::Shared {
+            change.region.punch_huge_pages(change.offsets);
+        }
+        if index < done.punched && !change.region.keeps(to.other()) {
+            contents_lost += bytes;
         }
         if to == Side::Private && change.populate().is_err() {
             unmapped += bytes;

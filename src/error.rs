@@ -48,6 +48,12 @@ pub enum Error {
     #[error("region '{0}' already has a host mapping, or has private memory already")]
     MappingTooLate(String),
 
+    #[error("region '{0}' has a NUMA policy already")]
+    PolicySetAlready(String),
+
+    #[error("region '{0}' cannot load private contents: only the emulated agent gives them out")]
+    CannotLoad(String),
+
     #[error(
         "a vCPU faults again and again at guest-physical {gpa:#x}, while nothing is converted; \
          the host's kernel log may say why"
@@ -115,8 +121,10 @@ impl Error {
             Error::NotBound(_) | Error::NoSuchBinding { .. } | Error::NoSuchListener => {
                 libc::ENOENT
             }
-            Error::MappingTooLate(_) => libc::EBUSY,
-            Error::NoPrivateMemory(_) | Error::HostPageSize(_) => libc::EOPNOTSUPP,
+            Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
+            Error::NoPrivateMemory(_) | Error::HostPageSize(_) | Error::CannotLoad(_) => {
+                libc::EOPNOTSUPP
+            }
             Error::NoMemoryForState { .. } => libc::ENOMEM,
             Error::Kernel { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::HopelessFault { .. } => libc::EFAULT,
@@ -131,6 +139,7 @@ impl Error {
             Some(libc::EMFILE) => " (raise the limit of open files, RLIMIT_NOFILE)",
             Some(libc::ENFILE) => " (raise the system's limit of open files, fs.file-max)",
             Some(libc::ENOMEM) => " (no memory, or over vm.max_map_count or a cgroup's limit)",
+            Some(libc::ENOSPC) => " (no memory, or no huge page, is left)",
             Some(libc::EFBIG) => " (larger than this host can hold in one file)",
             _ => "",
         };

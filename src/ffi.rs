@@ -8,16 +8,18 @@
 #![allow(non_camel_case_types)]
 
 use std::cell::RefCell;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_ulong, c_void};
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::kernel::NumaPolicy;
 use crate::listener::Listener;
 use crate::range::{GRANULE, Range};
-use crate::region::Region;
+use crate::region::{Options, Region};
 use crate::state::Side;
 use crate::vm::Vm;
 
@@ -29,6 +31,26 @@ pub struct privmem_region(Arc<Region>);
 
 /// A figure of `privmem_info` that this kernel cannot tell.
 pub const PRIVMEM_UNKNOWN: u64 = u64::MAX;
+
+/// What a region is made with. Zeroes but for `size` are the defaults: all
+/// shared at first, in pages of 4096 bytes, with memory held for one side only.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_region_options {
+    /// `sizeof(struct privmem_region_options)` as the caller was compiled.
+    pub size: usize,
+    /// Bytes of a huge page (hugetlbfs) of the shared store, a power of two, or
+    /// 0. A huge page is given back once all of it is private. Not with the
+    /// emulated agent.
+    pub huge_page_size: u64,
+    /// Whether all of the region is private at first, and after a reset.
+    pub initially_private: bool,
+    /// Whether the private store keeps pages, contents included, when memory
+    /// becomes shared: memory may be held twice then.
+    pub keep_private: bool,
+    /// Whether the shared store keeps pages when memory becomes private.
+    pub keep_shared: bool,
+}
 
 /// State and memory of a region. All sizes in bytes.
 #[repr(C)]
@@ -397,22 +419,24 @@ pub unsafe extern "C" fn privmem_vm_memory_fault(
 }
 
 /// Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),
-/// all shared, with its two stores. Memory is taken when it is touched.
+/// with its two stores. Memory is taken when it is touched.
 ///
-/// `name` appears in messages and in /proc/PID/fd; it is copied. `region`
-/// receives a handle for `privmem_region_free`.
+/// `name` appears in messages and in /proc/PID/fd; it is copied, as are
+/// `options`, which may be NULL for the defaults. `region` receives a handle
+/// for `privmem_region_free`.
 ///
-/// Errors: -EINVAL for a bad size; -EMFILE, -ENFILE, -ENOMEM, -EFBIG as
-/// memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
+/// Errors: -EINVAL for a bad size or bad options; -EMFILE, -ENFILE, -ENOMEM,
+/// -EFBIG as memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
 ///
 /// # Safety
-/// `vm` is NULL or a live handle, `name` is NULL or a C string, `region` is
-/// NULL or valid for writing.
+/// `vm` is NULL or a live handle, `name` is NULL or a C string, `options` is
+/// NULL or valid for reading, `region` is NULL or valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn privmem_region_new(
     vm: *const privmem_vm,
     name: *const c_char,
     size: u64,
+    options: *const privmem_region_options,
     region: *mut *mut privmem_region,
 ) -> c_int {
     guard(|| {
@@ -423,9 +447,185 @@ pub unsafe extern "C" fn privmem_region_new(
         }
         // SAFETY: a C string, by contract.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
-        let new = Region::new(&vm.0, &name, size)?;
+        // SAFETY: NULL or valid for reading, by contract.
+        let options = unsafe { region_options(options) }?;
+        let new = Region::with_options(&vm.0, &name, size, options)?;
         // SAFETY: `region` is as `put` wants it, by contract.
         unsafe { put_new(region, privmem_region(new), "region") }
+    })
+}
+
+/// # Safety
+/// `options` is NULL, or points to a struct of any version that is valid for
+/// reading.
+unsafe fn region_options(options: *const privmem_region_options) -> Result<Options> {
+    if options.is_null() {
+        return Ok(Options::default());
+    }
+    // SAFETY: valid for reading, and as large as it says.
+    let options = unsafe { versioned(options, &raw const (*options).size, "options") }?;
+    Ok(Options {
+        initial: side(options.initially_private),
+        keep_private: options.keep_private,
+        keep_shared: options.keep_shared,
+        huge_page: Some(options.huge_page_size).filter(|size| *size != 0),
+    })
+}
+
+/// Borrows a struct that starts with its own size, as the caller knows it.
+///
+/// # Safety
+/// `table` is not NULL and `size` points to its first field; as many bytes as
+/// that says are valid for reading.
+unsafe fn versioned<'a, T>(table: *const T, size: *const usize, what: &str) -> Result<&'a T> {
+    // SAFETY: valid for reading, by contract.
+    let size = unsafe { size.read() };
+    if size < size_of::<T>() {
+        let text = format!("{what} of {size} bytes is too small for this library");
+        return Err(Error::InvalidArgument(text));
+    }
+    // SAFETY: as large as a `T` at least.
+    unsafe { borrow(table, what) }
+}
+
+/// Takes the memory of all that there is now, with `threads` at once, and from
+/// now on that of whatever changes side before it does: a conversion for which
+/// there is no memory fails, instead of the guest's access. Waits for
+/// conversions that run.
+///
+/// Errors: -EINVAL for 0 threads; what fallocate returned, such as -ENOMEM or
+/// -ENOSPC. Some of the memory may have been taken then.
+///
+/// # Safety
+/// `region` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_preallocate(
+    region: *const privmem_region,
+    threads: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        region.0.preallocate(threads_of(threads)?)
+    })
+}
+
+fn threads_of(threads: usize) -> Result<NonZeroUsize> {
+    NonZeroUsize::new(threads).ok_or(Error::InvalidArgument("there must be a thread".into()))
+}
+
+/// Says on which NUMA nodes memory of the private store is taken, and that it
+/// is taken when memory becomes private, because at the guest's access it
+/// would follow the policy of the vCPU's thread. Takes what is private already,
+/// with `threads` at once. (The shared store follows the policy of its mapping,
+/// mbind(2).) Once for each region; waits for conversions that run.
+///
+/// `mode` is MPOL_BIND, MPOL_PREFERRED or another one of set_mempolicy(2);
+/// `nodes` are `words` unsigned longs with one bit a node.
+///
+/// Errors: -EINVAL for NULL, no threads, and what set_mempolicy refuses; -EBUSY
+/// for a region that has a policy; what set_mempolicy or fallocate returned.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `nodes` is NULL or valid for reading
+/// `words` unsigned longs.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_set_numa_policy(
+    region: *const privmem_region,
+    mode: c_int,
+    nodes: *const c_ulong,
+    words: usize,
+    threads: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        if nodes.is_null() {
+            return Err(null("nodes"));
+        }
+        // SAFETY: `words` unsigned longs, by contract.
+        let nodes = unsafe { std::slice::from_raw_parts(nodes, words) }.to_vec();
+        let policy = NumaPolicy { mode, nodes };
+        region.0.set_numa_policy(policy, threads_of(threads)?)
+    })
+}
+
+/// Frees the memory of `size` bytes at `offset`, on whichever side they are;
+/// they read zero from now on. For a balloon. Any thread; waits for conversions
+/// of the range.
+///
+/// Errors: -EINVAL for a range that is unaligned, empty or beyond the region;
+/// what fallocate or a listener returned.
+///
+/// # Safety
+/// `region` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_discard(
+    region: *const privmem_region,
+    offset: u64,
+    size: u64,
+) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(region, "region") }?.0.discard(offset, size))
+}
+
+/// Writes which memory is private, to be saved with a machine: one bit a
+/// granule, from the lowest bit of the first byte. `buffer_size` is the number
+/// of granules divided by 8, rounded up. vCPUs do not run meanwhile.
+///
+/// Errors: -EINVAL for NULL or another size.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `buffer` is NULL or valid for writing
+/// `buffer_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_save_state(
+    region: *const privmem_region,
+    buffer: *mut u8,
+    buffer_size: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let state = unsafe { borrow(region, "region") }?.0.save_state();
+        if buffer.is_null() {
+            return Err(null("buffer"));
+        }
+        if buffer_size != state.len() {
+            let text = format!("the state has {} bytes, not {buffer_size}", state.len());
+            return Err(Error::InvalidArgument(text));
+        }
+        // SAFETY: not NULL, and as large as the state.
+        unsafe { buffer.copy_from_nonoverlapping(state.as_ptr(), state.len()) };
+        Ok(())
+    })
+}
+
+/// Puts all memory on the side that `privmem_region_save_state` told, contents
+/// included: those of the visible side, as they were loaded, go along. vCPUs do
+/// not run meanwhile.
+///
+/// Errors: -EINVAL for NULL or a state of another size; -EOPNOTSUPP with KVM:
+/// only the emulated agent gives contents out; what the kernel or a listener
+/// returned. Part of the memory may have moved then.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `buffer` is NULL or valid for reading
+/// `buffer_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_load_state(
+    region: *const privmem_region,
+    buffer: *const u8,
+    buffer_size: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        if buffer.is_null() {
+            return Err(null("buffer"));
+        }
+        // SAFETY: not NULL, and valid for reading by contract.
+        let state = unsafe { std::slice::from_raw_parts(buffer, buffer_size) };
+        region.0.load_state(state)
     })
 }
 
@@ -514,14 +714,8 @@ pub unsafe extern "C" fn privmem_region_add_listener(
         if listener.is_null() {
             return Err(null("listener"));
         }
-        // SAFETY: not NULL; a table of any version starts with its size.
-        let size = unsafe { (&raw const (*listener).size).read() };
-        if size < size_of::<privmem_listener>() {
-            let text = format!("the listener's table of {size} bytes is too small");
-            return Err(Error::InvalidArgument(text));
-        }
-        // SAFETY: a table at least as large as the one known here.
-        let table = unsafe { borrow(listener, "listener") }?;
+        // SAFETY: valid for reading, and as large as it says.
+        let table = unsafe { versioned(listener, &raw const (*listener).size, "a listener") }?;
         let (Some(discard), Some(populate)) = (table.discard, table.populate) else {
             return Err(null("a function of the listener"));
         };
@@ -551,8 +745,8 @@ pub unsafe extern "C" fn privmem_region_remove_listener(
     })
 }
 
-/// Makes all of a region shared again and frees its private pages, as at the
-/// reset of a machine. vCPUs do not run meanwhile. May sleep.
+/// Puts all of a region on the side where it began, and frees all private
+/// pages, as at the reset of a machine. vCPUs do not run meanwhile. May sleep.
 ///
 /// Errors: what the kernel or a listener returned; the region may be partly
 /// reset then.

@@ -4,12 +4,25 @@
 //! turn or keeps a model of what the kernel would hold.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{KVMIO, kvm_create_guest_memfd, kvm_memory_attributes};
 
 use crate::range::Range;
+
+/// On which NUMA nodes memory is taken, as set_mempolicy(2) has it; by default
+/// where the thread runs (`MPOL_DEFAULT`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NumaPolicy {
+    /// `MPOL_*` of include/uapi/linux/mempolicy.h.
+    pub mode: i32,
+    /// One bit a node, from the lowest bit of the first word.
+    pub nodes: Vec<libc::c_ulong>,
+}
 
 /// What the library asks of the kernel. Every method may be called from any
 /// thread, and reports the kernel's own error.
@@ -24,11 +37,25 @@ pub trait Kernel: Send + Sync {
     /// The kernel changes all of the range or nothing.
     fn set_memory_attributes(&self, vm: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()>;
 
-    /// memfd_create(2) and ftruncate(2), sealed against any other size.
-    fn create_memfd(&self, name: &CStr, size: u64) -> io::Result<OwnedFd>;
+    /// memfd_create(2) and ftruncate(2), sealed against any other size; of huge
+    /// pages (`MFD_HUGETLB`) where their size, a power of two, is given.
+    fn create_memfd(&self, name: &CStr, size: u64, huge_page: Option<u64>) -> io::Result<OwnedFd>;
 
     /// fallocate(2) with `FALLOC_FL_PUNCH_HOLE`: unmaps and frees the pages.
     fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
+
+    /// fallocate(2): takes the pages that are not there yet. On failure some of
+    /// them may have been taken.
+    fn allocate(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
+
+    /// pread(2) of `buffer.len()` bytes.
+    fn read(&self, fd: BorrowedFd, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+
+    /// pwrite(2) of all of `buffer`.
+    fn write(&self, fd: BorrowedFd, offset: u64, buffer: &[u8]) -> io::Result<()>;
+
+    /// set_mempolicy(2) for the calling thread; returns what it was before.
+    fn swap_mempolicy(&self, policy: &NumaPolicy) -> io::Result<NumaPolicy>;
 
     /// Bytes that `fd` holds within `offsets`, in memory or swapped, from
     /// cachestat(2). `ENOSYS` on kernels before 6.5 or without
@@ -57,6 +84,9 @@ const KVM_CREATE_GUEST_MEMFD: libc::Ioctl = libc::_IOWR::<kvm_create_guest_memfd
 /// Number of cachestat(2), the same on every architecture with 64-bit Rust;
 /// not in the libc crate.
 const SYS_CACHESTAT: libc::c_long = 451;
+
+/// As many NUMA nodes as any Linux has (`CONFIG_NODES_SHIFT` is 10 at most).
+const MAX_NODES: usize = 1024;
 
 /// include/uapi/linux/mman.h; not in the libc crate.
 #[repr(C)]
@@ -92,6 +122,12 @@ fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// The fd as a file, which is not closed.
+fn as_file(fd: BorrowedFd) -> ManuallyDrop<File> {
+    // SAFETY: open for as long as it is borrowed, and never closed by this value.
+    ManuallyDrop::new(unsafe { File::from_raw_fd(fd.as_raw_fd()) })
+}
+
 impl Kernel for Linux {
     fn check_extension(&self, vm: BorrowedFd, capability: u32) -> io::Result<u32> {
         let arg = libc::c_ulong::from(capability);
@@ -125,10 +161,13 @@ impl Kernel for Linux {
         result(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_MEMORY_ATTRIBUTES, &arg) }).map(drop)
     }
 
-    fn create_memfd(&self, name: &CStr, size: u64) -> io::Result<OwnedFd> {
+    fn create_memfd(&self, name: &CStr, size: u64, huge_page: Option<u64>) -> io::Result<OwnedFd> {
         let size =
             libc::off_t::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        let huge = huge_page.map_or(0, |unit| {
+            libc::MFD_HUGETLB | unit.trailing_zeros() << libc::MFD_HUGE_SHIFT
+        });
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
         // SAFETY: `name` is a C string that outlives the call.
         let fd = owned(unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
         let seals = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
@@ -145,6 +184,47 @@ impl Kernel for Linux {
         let (offset, len) = (offsets.start() as libc::off_t, offsets.len() as libc::off_t);
         // SAFETY: the call changes the file only. Who maps the file sees zeroes.
         result(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, len) }).map(drop)
+    }
+
+    fn allocate(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
+        let (offset, len) = (offsets.start() as libc::off_t, offsets.len() as libc::off_t);
+        // SAFETY: the call changes the file only.
+        let value =
+            unsafe { libc::fallocate(fd.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, offset, len) };
+        result(value).map(drop)
+    }
+
+    fn read(&self, fd: BorrowedFd, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        as_file(fd).read_exact_at(buffer, offset)
+    }
+
+    fn write(&self, fd: BorrowedFd, offset: u64, buffer: &[u8]) -> io::Result<()> {
+        as_file(fd).write_all_at(buffer, offset)
+    }
+
+    fn swap_mempolicy(&self, policy: &NumaPolicy) -> io::Result<NumaPolicy> {
+        let (mut mode, mut nodes) = (0, vec![0; MAX_NODES / libc::c_ulong::BITS as usize]);
+        let no_address = std::ptr::null::<libc::c_void>();
+        // SAFETY: the kernel writes `mode` and `MAX_NODES` bits of `nodes`.
+        result(unsafe {
+            let (mode, nodes) = (&raw mut mode, nodes.as_mut_ptr());
+            libc::syscall(
+                libc::SYS_get_mempolicy,
+                mode,
+                nodes,
+                MAX_NODES,
+                no_address,
+                0,
+            )
+        })?;
+        // The kernel reads one bit less than it is told, an old mistake.
+        let count = policy.nodes.len() * libc::c_ulong::BITS as usize + 1;
+        // SAFETY: the kernel reads `count - 1` bits of `policy.nodes`.
+        result(unsafe {
+            let nodes = policy.nodes.as_ptr();
+            libc::syscall(libc::SYS_set_mempolicy, policy.mode, nodes, count)
+        })?;
+        Ok(NumaPolicy { mode, nodes })
     }
 
     fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64> {

@@ -37,8 +37,9 @@ mod sync;
 pub mod vm;
 
 pub use error::{Error, Result};
+pub use kernel::NumaPolicy;
 pub use listener::Listener;
 pub use range::{GRANULE, Range};
-pub use region::{Info, Region};
+pub use region::{Info, Options, Region};
 pub use state::{Side, StateMap};
 pub use vm::Vm;

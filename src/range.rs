@@ -71,6 +71,31 @@ impl Range {
         (start < end).then_some(Range { start, end })
     }
 
+    /// The granule at the start.
+    pub(crate) fn first(&self) -> Range {
+        Range {
+            end: self.start + GRANULE,
+            ..*self
+        }
+    }
+
+    /// The granule at the end.
+    pub(crate) fn last(&self) -> Range {
+        Range {
+            start: self.end - GRANULE,
+            ..*self
+        }
+    }
+
+    /// The range with what it lacks to whole units of `unit` bytes, a power of
+    /// two; for offsets into a region whose size is a multiple of it.
+    pub(crate) fn widened(&self, unit: u64) -> Range {
+        Range {
+            start: self.start & !(unit - 1),
+            end: self.end.next_multiple_of(unit),
+        }
+    }
+
     /// The same bytes counted from another origin: `from` becomes `to`.
     /// `from` lies at or before the start, and `to + len` was checked before.
     pub(crate) fn rebase(&self, from: u64, to: u64) -> Range {

@@ -56,6 +56,33 @@ impl StateMap {
         Ok(StateMap { words, granules })
     }
 
+    /// The map that [`StateMap::to_bytes`] told; fails where its length is not
+    /// that of `granules`.
+    pub fn from_bytes(granules: usize, bytes: &[u8]) -> Result<StateMap> {
+        let map = StateMap::new(granules)?;
+        if bytes.len() != granules.div_ceil(8) {
+            let text = format!(
+                "a state of {} bytes is not that of {granules} granules",
+                bytes.len()
+            );
+            return Err(Error::InvalidArgument(text));
+        }
+        let private = |granule: &usize| bytes[granule / 8] >> (granule % 8) & 1 == 1;
+        for granule in (0..granules).filter(private) {
+            map.set(granule..granule + 1, Side::Private);
+        }
+        Ok(map)
+    }
+
+    /// One bit a granule, from the lowest bit of the first byte, set where it
+    /// is private.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let words = self.words.iter().map(|word| word.load(Ordering::Acquire));
+        let mut bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        bytes.truncate(self.granules.div_ceil(8));
+        bytes
+    }
+
     pub fn len(&self) -> usize {
         self.granules
     }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, NumaPolicy};
 use crate::range::Range;
 
 /// One fd that holds guest memory: a memfd or a `guest_memfd`.
@@ -17,12 +17,17 @@ pub struct Store {
 
 impl Store {
     /// A memfd: what the host can reach, or the emulated agent's stand-in for
-    /// what it cannot.
-    pub(crate) fn memfd(kernel: &Arc<dyn Kernel>, name: &str, size: u64) -> Result<Store> {
+    /// what it cannot; of huge pages where their size is given.
+    pub(crate) fn memfd(
+        kernel: &Arc<dyn Kernel>,
+        name: &str,
+        size: u64,
+        huge_page: Option<u64>,
+    ) -> Result<Store> {
         let name = CString::new(name)
             .map_err(|_| Error::InvalidArgument("a name must not contain NUL".into()))?;
         let fd = kernel
-            .create_memfd(&name, size)
+            .create_memfd(&name, size, huge_page)
             .map_err(|e| Error::kernel("memfd_create", e))?;
         let kernel = kernel.clone();
         Ok(Store { kernel, fd })
@@ -49,6 +54,48 @@ impl Store {
     pub(crate) fn punch(&self, offsets: Range) -> Result<()> {
         retry(|| self.kernel.punch_hole(self.fd(), offsets))
             .map_err(|e| Error::kernel("fallocate(PUNCH_HOLE)", e))
+    }
+
+    /// Takes the pages of `offsets` that are not there yet, on the nodes that
+    /// `policy` says.
+    ///
+    /// By the policy of this thread meanwhile, which a file without one of its
+    /// own follows. A `guest_memfd` can have its own, set through a mapping
+    /// (mbind(2)), but one that can be mapped serves KVM both sides, and there
+    /// is no shared store any more: see `KVM_MEMSLOT_GMEM_ONLY` in
+    /// virt/kvm/guest_memfd.c.
+    pub(crate) fn allocate(&self, offsets: Range, policy: Option<&NumaPolicy>) -> Result<()> {
+        let before = policy
+            .map(|policy| self.swap_mempolicy(policy))
+            .transpose()?;
+        let allocated = retry(|| self.kernel.allocate(self.fd(), offsets))
+            .map_err(|e| Error::kernel("fallocate", e));
+        // The default policy takes no memory, so that it can be set in any case.
+        let restore = |before| {
+            self.swap_mempolicy(&before)
+                .or_else(|_| self.swap_mempolicy(&NumaPolicy::default()))
+        };
+        let restored = before.map(restore).transpose();
+        allocated.and(restored.map(drop))
+    }
+
+    /// Sets the NUMA policy of this thread; returns what it was before.
+    pub(crate) fn swap_mempolicy(&self, policy: &NumaPolicy) -> Result<NumaPolicy> {
+        self.kernel
+            .swap_mempolicy(policy)
+            .map_err(|e| Error::kernel("set_mempolicy", e))
+    }
+
+    pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.kernel
+            .read(self.fd(), offset, buffer)
+            .map_err(|e| Error::kernel("pread", e))
+    }
+
+    pub(crate) fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+        self.kernel
+            .write(self.fd(), offset, buffer)
+            .map_err(|e| Error::kernel("pwrite", e))
     }
 
     /// Bytes held within `offsets`; `None` where this kernel cannot tell.

@@ -68,7 +68,7 @@ static void null_is_an_error(void)
     CHECK(privmem_vm_unbind(NULL, 0, PAGE) == -EINVAL);
     CHECK(privmem_vm_convert(NULL, 0, PAGE, true, &len) == -EINVAL);
     CHECK(privmem_vm_memory_fault(NULL, 0, PAGE) == -EINVAL);
-    CHECK(privmem_region_new(NULL, "r", PAGE, &region) == -EINVAL);
+    CHECK(privmem_region_new(NULL, "r", PAGE, NULL, &region) == -EINVAL);
     CHECK(privmem_region_shared_fd(NULL) == -EINVAL);
     CHECK(privmem_region_private_fd(NULL) == -EINVAL);
     CHECK(privmem_region_set_host_mapping(NULL, text) == -EINVAL);
@@ -188,12 +188,12 @@ int main(void)
     CHECK(privmem_version()[0] != '\0');
 
     CHECK(privmem_vm_new_emulated(&vm) == 0);
-    CHECK(privmem_region_new(vm, "ram", 0, &region) == -EINVAL);
-    CHECK(privmem_region_new(vm, "ram", PAGE + 1, &region) == -EINVAL);
-    CHECK(privmem_region_new(vm, NULL, PAGE, &region) == -EINVAL);
-    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, NULL) == -EINVAL);
+    CHECK(privmem_region_new(vm, "ram", 0, NULL, &region) == -EINVAL);
+    CHECK(privmem_region_new(vm, "ram", PAGE + 1, NULL, &region) == -EINVAL);
+    CHECK(privmem_region_new(vm, NULL, PAGE, NULL, &region) == -EINVAL);
+    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, NULL, NULL) == -EINVAL);
     CHECK(region == NULL);
-    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, &region) == 0);
+    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, NULL, &region) == 0);
 
     host = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
                 privmem_region_shared_fd(region), 0);

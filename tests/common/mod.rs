@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use privmem::kernel::{Kernel, Linux};
-use privmem::{GRANULE, Listener, Range, Region, Side, Vm};
+use privmem::{GRANULE, Listener, NumaPolicy, Range, Region, Side, Vm};
 
 /// Which calls of `set_memory_attributes`, `punch_hole` and `map_fixed` fail.
 #[derive(Clone, Copy)]
@@ -54,6 +54,8 @@ pub struct Model {
     broken: Mutex<Vec<String>>,
     pub attributes: u32,
     pub guest_memfd: u32,
+    /// The NUMA policy of the one thread that there is.
+    pub policy: Mutex<NumaPolicy>,
 }
 
 /// A downstream mapper that keeps what it maps and knows the rules: it unmaps
@@ -127,6 +129,7 @@ impl Model {
             broken: Mutex::default(),
             attributes: 8,
             guest_memfd: 1,
+            policy: Mutex::default(),
         })
     }
 
@@ -236,7 +239,7 @@ impl Kernel for Model {
 
     fn create_guest_memfd(&self, _: BorrowedFd, _: u64) -> io::Result<OwnedFd> {
         self.call()?;
-        Linux.create_memfd(c"model", GRANULE)
+        Linux.create_memfd(c"model", GRANULE, None)
     }
 
     fn set_memory_attributes(&self, _: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()> {
@@ -262,9 +265,9 @@ impl Kernel for Model {
         result
     }
 
-    fn create_memfd(&self, name: &CStr, _: u64) -> io::Result<OwnedFd> {
+    fn create_memfd(&self, name: &CStr, _: u64, _: Option<u64>) -> io::Result<OwnedFd> {
         self.call()?;
-        Linux.create_memfd(name, GRANULE)
+        Linux.create_memfd(name, GRANULE, None)
     }
 
     fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
@@ -274,6 +277,30 @@ impl Kernel for Model {
         let held = pages.held.entry(fd.as_raw_fd()).or_default();
         held.retain(|g| !granules(offsets).contains(g));
         Ok(())
+    }
+
+    fn allocate(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
+        let mut pages = self.pages.lock().unwrap();
+        let held = pages.held.entry(fd.as_raw_fd()).or_default();
+        // On failure the kernel may have taken a part.
+        held.insert(granules(offsets).start);
+        self.call()?;
+        held.extend(granules(offsets));
+        Ok(())
+    }
+
+    fn read(&self, _: BorrowedFd, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn write(&self, _: BorrowedFd, _: u64, _: &[u8]) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn swap_mempolicy(&self, policy: &NumaPolicy) -> io::Result<NumaPolicy> {
+        self.call()?;
+        let mut current = self.policy.lock().unwrap();
+        Ok(std::mem::replace(&mut *current, policy.clone()))
     }
 
     fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64> {
