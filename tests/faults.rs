@@ -144,7 +144,7 @@ fn a_stale_page_does_not_come_up() {
         setup.kernel.touch(region, to, granule);
         setup.vm.convert(gpa * GRANULE, GRANULE, to).unwrap();
         let fd = region.store(to).fd().as_raw_fd();
-        assert!(!setup.kernel.pages().held[&fd].contains(&granule));
+        assert!(!setup.kernel.pages().held[&fd].contains_key(&granule));
     }
 }
 

@@ -3,7 +3,6 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use common::{Fail, Mapper, Model};
 use privmem::{Error, GRANULE, Listener, Region, Side, Vm};
@@ -63,20 +62,6 @@ impl Setup {
 }
 
 #[test]
-fn a_listener_is_told_of_all_that_is_shared_and_per_run() {
-    let setup = Setup::new();
-    setup.assert_mapped_is_shared("on registration");
-    let calls = || setup.mappers[0].calls.load(Ordering::Relaxed);
-    let before = calls();
-    setup.convert(Side::Private).unwrap();
-    setup.assert_mapped_is_shared("to private");
-    assert_eq!(calls(), before);
-    setup.convert(Side::Shared).unwrap();
-    setup.assert_mapped_is_shared("to shared");
-    assert_eq!(calls(), before + 1, "24 granules are one run");
-}
-
-#[test]
 fn any_call_that_fails_is_undone_for_listeners_too() {
     for to in [Side::Private, Side::Shared] {
         let mut number = 0;
@@ -99,22 +84,6 @@ fn any_call_that_fails_is_undone_for_listeners_too() {
         }
         assert!(number > 10, "every kind of call was failed");
     }
-}
-
-/// Private pages are freed only once all listeners have agreed.
-#[test]
-fn a_listener_that_refuses_costs_no_contents() {
-    let setup = Setup::new();
-    for granule in [2, 3, 7] {
-        setup.kernel.touch(&setup.region, Side::Private, granule);
-    }
-    // Three pieces: 3 calls to free, 3 to switch, then the listener's.
-    setup.kernel.set_fail(Fail::Once(3 + 3 + 2, libc::ENOSPC));
-    let error = setup.vm.convert(0, 17 * GRANULE, Side::Shared).unwrap_err();
-    assert!(!matches!(error, Error::Undone { .. }), "{error}");
-    assert!(error.to_string().contains("listener"), "{error}");
-    assert_eq!(setup.region.info().private_held, Some(3 * GRANULE));
-    setup.assert_mapped_is_shared("refused");
 }
 
 #[test]

@@ -58,33 +58,6 @@ fn one_place_is_bound_once() {
 }
 
 #[test]
-fn state_follows_the_region_to_its_next_address() {
-    let (kernel, vm, _region) = vm_with_region(8);
-    vm.convert(2 * GRANULE, 2 * GRANULE, Side::Private).unwrap();
-    vm.unbind(0, 8 * GRANULE).unwrap();
-    assert!(
-        kernel.pages().private.is_empty(),
-        "the next slot starts shared"
-    );
-    vm.bind(&_region, 0, 100 * GRANULE, 8 * GRANULE).unwrap();
-    assert_eq!(kernel.pages().private, [102, 103].into());
-}
-
-#[test]
-fn what_is_not_bound_cannot_be_private_but_is_shared_already() {
-    let (kernel, vm, region) = vm_with_region(8);
-    for (start, len) in [(8, 1), (6, 4), (1 << 40, 1), (0, 1 << 50)] {
-        let result = vm.convert(start * GRANULE, len * GRANULE, Side::Private);
-        assert!(matches!(result, Err(Error::NotPrivateCapable { .. })));
-        assert!(kernel.pages().private.is_empty());
-        vm.convert(start * GRANULE, len * GRANULE, Side::Shared)
-            .unwrap();
-    }
-    let info = region.info();
-    assert_eq!((info.conversions, info.failed_conversions), (2, 2));
-}
-
-#[test]
 fn a_memory_fault_is_no_request_to_convert() {
     let (kernel, vm, region) = vm_with_region(8);
     vm.convert(2 * GRANULE, GRANULE, Side::Private).unwrap();
@@ -200,21 +173,6 @@ fn a_long_request_goes_in_steps_and_counts_once() {
     }
     assert!(steps > 1);
     assert_eq!(region.info().conversions, before + 1);
-}
-
-#[test]
-fn reset_makes_all_shared_whether_bound_or_not() {
-    let (kernel, vm, region) = vm_with_region(16);
-    fragment(&vm, 16);
-    for granule in (0..16).step_by(2) {
-        kernel.touch(&region, Side::Private, granule);
-    }
-    vm.unbind(0, 16 * GRANULE).unwrap();
-    vm.bind(&region, 0, 0, 8 * GRANULE).unwrap();
-    region.reset().unwrap();
-    let info = region.info();
-    assert_eq!((info.private, info.private_held), (0, Some(0)));
-    assert!(kernel.pages().private.is_empty());
 }
 
 #[test]

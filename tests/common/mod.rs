@@ -1,15 +1,16 @@
 //! A model of the kernel: which guest-physical granules have the private
-//! attribute and which offsets each fd holds pages for. It can fail any call.
+//! attribute, and which pages each fd holds, with what in them. It can fail any
+//! call.
 
 #![allow(dead_code)] // every test file uses a part of it
 
-pub mod mapped;
+pub mod mapping;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use privmem::kernel::{Kernel, Linux};
@@ -29,12 +30,28 @@ pub enum Fail {
 pub struct Pages {
     /// Granules with `KVM_MEMORY_ATTRIBUTE_PRIVATE`, by guest-physical number.
     pub private: BTreeSet<u64>,
-    /// Granules that each fd holds a page for.
-    pub held: HashMap<RawFd, BTreeSet<u64>>,
+    /// Granules that each fd holds a page for, and what all bytes of it are.
+    pub held: HashMap<RawFd, BTreeMap<u64, u8>>,
+}
+
+impl Pages {
+    /// The page for a granule; a new one reads zero.
+    fn page(&mut self, fd: RawFd, granule: u64) -> &mut u8 {
+        self.held.entry(fd).or_default().entry(granule).or_default()
+    }
+
+    /// The fd that the guest reaches at a place.
+    fn reachable(&self, place: &Place) -> RawFd {
+        match self.private.contains(&place.gpa) {
+            true => place.private,
+            false => place.shared,
+        }
+    }
 }
 
 /// A granule of a region that the guest sees, for the model to relate pages
 /// to attributes.
+#[derive(Clone, Copy)]
 struct Place {
     gpa: u64,
     granule: u64,
@@ -63,10 +80,9 @@ pub struct Model {
 pub struct Mapper {
     kernel: Arc<Model>,
     region: Weak<Region>,
-    /// Calls of `populate` are counted, and failed, as those into the kernel.
+    /// Calls of `populate` fail as those into the kernel do.
     pub refuses: bool,
     pub mapped: Mutex<BTreeSet<u64>>,
-    pub calls: AtomicUsize,
 }
 
 impl Mapper {
@@ -76,7 +92,6 @@ impl Mapper {
             region: Arc::downgrade(region),
             refuses,
             mapped: Mutex::default(),
-            calls: AtomicUsize::new(0),
         })
     }
 
@@ -104,7 +119,6 @@ impl Listener for Mapper {
     }
 
     fn populate(&self, offsets: Range) -> io::Result<()> {
-        self.calls.fetch_add(1, Ordering::Relaxed);
         if self.refuses {
             self.kernel.call()?;
         }
@@ -142,6 +156,11 @@ impl Model {
     pub fn bind(&self, region: &Arc<Region>, vm: &Vm, first: u64, gpa: u64, granules: u64) {
         let (offset, at, size) = (first * GRANULE, gpa * GRANULE, granules * GRANULE);
         vm.bind(region, offset, at, size).unwrap();
+        self.add_slot(region, first, gpa, granules);
+    }
+
+    /// Shows the guest `granules` of `region` from `first` at guest granule `gpa`.
+    pub fn add_slot(&self, region: &Region, first: u64, gpa: u64, granules: u64) {
         let fd = |side| region.store(side).fd().as_raw_fd();
         let places = (0..granules).map(|n| Place {
             gpa: gpa + n,
@@ -150,6 +169,28 @@ impl Model {
             private: fd(Side::Private),
         });
         self.places.lock().unwrap().extend(places);
+    }
+
+    /// Takes `granules` from guest granule `gpa` out of the guest's sight.
+    pub fn remove_slot(&self, gpa: u64, granules: u64) {
+        let gone = gpa..gpa + granules;
+        let mut places = self.places.lock().unwrap();
+        places.retain(|place| !gone.contains(&place.gpa));
+    }
+
+    /// The guest touches the granule at `gpa`, and finds or leaves something
+    /// there. A page that is not held yet is allocated.
+    pub fn access<T>(&self, gpa: u64, access: impl FnOnce(&mut u8) -> T) -> T {
+        let place = self.place(gpa);
+        let mut pages = self.pages.lock().unwrap();
+        let fd = pages.reachable(&place);
+        access(pages.page(fd, place.granule))
+    }
+
+    fn place(&self, gpa: u64) -> Place {
+        let places = self.places.lock().unwrap();
+        let place = places.iter().find(|place| place.gpa == gpa);
+        *place.expect("the guest touches memory that it has")
     }
 
     /// Fails the test if a rule was broken.
@@ -164,13 +205,9 @@ impl Model {
     /// Pages are freed only when the guest cannot reach them any more.
     fn check_punch(&self, pages: &Pages, fd: RawFd, offsets: Range) {
         for place in self.places.lock().unwrap().iter() {
-            let reachable = match pages.private.contains(&place.gpa) {
-                true => place.private,
-                false => place.shared,
-            };
             let held = pages.held.get(&fd);
-            let holds = held.is_some_and(|held| held.contains(&place.granule));
-            if reachable == fd && holds && granules(offsets).contains(&place.granule) {
+            let holds = held.is_some_and(|held| held.contains_key(&place.granule));
+            if pages.reachable(place) == fd && holds && granules(offsets).contains(&place.granule) {
                 self.broke(format!("granule {} freed while mapped", place.granule));
             }
         }
@@ -180,7 +217,7 @@ impl Model {
         for place in self.places.lock().unwrap().iter() {
             if granules(gpa).contains(&place.gpa) {
                 let fd = [place.shared, place.private][usize::from(attributes != 0)];
-                pages.held.entry(fd).or_default().insert(place.granule);
+                pages.page(fd, place.granule);
             }
         }
     }
@@ -201,8 +238,7 @@ impl Model {
     /// The guest or the host touches a granule: its store takes a page.
     pub fn touch(&self, region: &Region, side: Side, granule: u64) {
         let fd = region.store(side).fd().as_raw_fd();
-        let mut pages = self.pages.lock().unwrap();
-        pages.held.entry(fd).or_default().insert(granule);
+        self.pages.lock().unwrap().page(fd, granule);
     }
 
     fn call(&self) -> io::Result<()> {
@@ -215,6 +251,15 @@ impl Model {
             _ => Ok(()),
         }
     }
+}
+
+/// All of a request for guest granules, step by step.
+pub fn convert(vm: &Vm, gpa: std::ops::Range<u64>, to: Side) -> privmem::Result<()> {
+    let (mut at, end) = (gpa.start * GRANULE, gpa.end * GRANULE);
+    while at < end {
+        at += vm.convert(at, end - at, to)?;
+    }
+    Ok(())
 }
 
 pub fn stand_in_fd() -> BorrowedFd<'static> {
@@ -275,7 +320,7 @@ impl Kernel for Model {
         let mut pages = self.pages.lock().unwrap();
         self.check_punch(&pages, fd.as_raw_fd(), offsets);
         let held = pages.held.entry(fd.as_raw_fd()).or_default();
-        held.retain(|g| !granules(offsets).contains(g));
+        held.retain(|g, _| !granules(offsets).contains(g));
         Ok(())
     }
 

@@ -1,0 +1,62 @@
+//! One suite for every trust agent: what a guest and its VMM may rely on,
+//! whoever keeps the private contents.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `machine` | what an agent must bring to be tested, and what rules are written with |
+//! | `rules`, `random` | the rules |
+//! | `emulated`, `model`, `kvm` | the agents |
+//!
+//! Every rule is a test of every agent, such as `kvm::changed_side_reads_zero`.
+//! A new rule is named in the list below. A new agent is a module that
+//! implements [`machine::Machine`] and ends with `conformance_tests!`.
+//!
+//! The lab runs the same program on a kernel that has private memory.
+
+/// One test for each rule, on machines of type `$machine`.
+macro_rules! conformance_tests {
+    ($machine:ty) => {
+        conformance_tests! { $machine:
+            rules::changed_side_reads_zero,
+            rules::neighbours_keep_contents,
+            rules::what_is_so_already_stays,
+            rules::sides_do_not_show_through,
+            rules::memory_is_held_on_one_side,
+            rules::one_request_over_bindings_and_regions,
+            rules::what_is_not_bound_is_shared_already,
+            rules::state_and_contents_follow_the_region,
+            rules::reset_makes_all_shared,
+            rules::listeners_see_exactly_the_runs,
+            rules::listener_that_refuses_changes_nothing,
+            rules::threads_convert_disjoint_ranges,
+            rules::threads_convert_what_the_guest_touches,
+            random::long_sequence_agrees_with_a_simple_model,
+        }
+    };
+    ($machine:ty: $($module:ident::$rule:ident,)*) => {
+        $(#[test]
+        fn $rule() {
+            $crate::check::<$machine>($crate::$module::$rule);
+        })*
+    };
+}
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod emulated;
+mod kvm;
+mod machine;
+mod model;
+mod random;
+mod rules;
+
+use machine::{Guest, Machine};
+
+/// Tests one rule on a new machine, if there can be one here.
+fn check<M: Machine + 'static>(rule: fn(&mut Guest)) {
+    match M::missing() {
+        Some(what) => println!("skipped: {what}"),
+        None => rule(&mut Guest::new(M::new())),
+    }
+}

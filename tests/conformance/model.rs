@@ -1,0 +1,55 @@
+//! A software-protected VM on the model of the kernel, which also sees rules
+//! broken that no guest can.
+
+use std::sync::Arc;
+
+use privmem::Vm;
+
+use crate::common::Model;
+use crate::machine::{Machine, Slot};
+
+pub struct OnModel {
+    kernel: Arc<Model>,
+    vm: Arc<Vm>,
+}
+
+impl Machine for OnModel {
+    fn missing() -> Option<String> {
+        None
+    }
+
+    fn new() -> OnModel {
+        let kernel = Model::new();
+        let vm = kernel.vm();
+        OnModel { kernel, vm }
+    }
+
+    fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    fn add_slot(&mut self, slot: &Slot) {
+        let granules = slot.gpa.end - slot.gpa.start;
+        self.kernel
+            .add_slot(&slot.region, slot.first, slot.gpa.start, granules);
+    }
+
+    fn remove_slot(&mut self, slot: &Slot) {
+        let granules = slot.gpa.end - slot.gpa.start;
+        self.kernel.remove_slot(slot.gpa.start, granules);
+    }
+
+    fn write(&mut self, granule: u64, value: u8) {
+        self.kernel.access(granule, |page| *page = value);
+    }
+
+    fn read(&mut self, granule: u64) -> u8 {
+        self.kernel.access(granule, |page| *page)
+    }
+
+    fn check(&self) {
+        self.kernel.assert_rules();
+    }
+}
+
+conformance_tests!(OnModel);

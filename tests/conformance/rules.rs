@@ -1,0 +1,332 @@
+//! The rules, one function each.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use privmem::Side::{Private, Shared};
+use privmem::{Error, GRANULE, Listener};
+
+use crate::common::{convert, granules};
+use crate::machine::{Guest, assert_if_known, picture};
+
+pub fn changed_side_reads_zero(guest: &mut Guest) {
+    guest.ram(16);
+    for (round, to) in [Private, Shared, Private].into_iter().enumerate() {
+        guest.fill(0..16, round as u8);
+        guest.convert(4..12, to).unwrap();
+        guest.assert_zero(4..12);
+    }
+}
+
+pub fn neighbours_keep_contents(guest: &mut Guest) {
+    guest.ram(32);
+    for side in [Shared, Private] {
+        guest.convert(0..32, side).unwrap();
+        guest.fill(0..32, 1);
+        guest.convert(10..13, side.other()).unwrap();
+        guest.assert_filled(0..10, 1);
+        guest.assert_filled(13..32, 1);
+    }
+}
+
+pub fn what_is_so_already_stays(guest: &mut Guest) {
+    let ram = guest.ram(16);
+    guest.fill(0..16, 1);
+    guest.convert(0..16, Shared).unwrap();
+    guest.assert_filled(0..16, 1);
+
+    guest.convert(4..8, Private).unwrap();
+    guest.fill(4..8, 2);
+    guest.convert(4..8, Private).unwrap();
+    guest.assert_filled(4..8, 2);
+
+    // Of a request, only what is not so yet changes.
+    guest.convert(2..10, Private).unwrap();
+    assert_eq!(picture(&ram), "..########......");
+    guest.assert_zero(2..4);
+    guest.assert_filled(4..8, 2);
+    guest.assert_zero(8..10);
+}
+
+pub fn sides_do_not_show_through(guest: &mut Guest) {
+    guest.ram(8);
+    for round in 0..4 {
+        guest.fill(2..4, 2 * round);
+        guest.convert(2..4, Private).unwrap();
+        guest.assert_zero(2..4);
+        guest.fill(2..4, 2 * round + 1);
+        guest.assert_filled(2..4, 2 * round + 1);
+        guest.convert(2..4, Shared).unwrap();
+        guest.assert_zero(2..4);
+    }
+}
+
+pub fn memory_is_held_on_one_side(guest: &mut Guest) {
+    let ram = guest.ram(64);
+    let held = || {
+        let info = ram.info();
+        let pages = |bytes: u64| bytes / GRANULE;
+        let sides = info.private_held.zip(info.shared_held).zip(info.held_twice);
+        sides.map(|((private, shared), twice)| (pages(private), pages(shared), pages(twice)))
+    };
+    if held().is_none() {
+        println!("skipped: this kernel has no cachestat(2)");
+        return;
+    }
+    assert_eq!(held(), Some((0, 0, 0)), "nothing is touched yet");
+    guest.fill(0..40, 1);
+    assert_eq!(held(), Some((0, 40, 0)));
+    guest.convert(8..48, Private).unwrap();
+    assert_eq!(held(), Some((0, 8, 0)), "converting allocates nothing");
+    guest.fill(8..20, 2);
+    guest.assert_zero(20..24);
+    assert_eq!(held(), Some((16, 8, 0)), "reading allocates, too");
+    guest.convert(0..64, Shared).unwrap();
+    assert_eq!(held(), Some((0, 8, 0)));
+}
+
+pub fn one_request_over_bindings_and_regions(guest: &mut Guest) {
+    let (ram, more) = (guest.region(16), guest.region(8));
+    // The halves of one region the other way round, then the other region.
+    guest.bind(&ram, 8..16, 0);
+    guest.bind(&ram, 0..8, 8);
+    guest.bind(&more, 0..8, 16);
+    for (to, of_ram, of_more) in [
+        (Private, "########....####", "####...."),
+        (Shared, "................", "........"),
+    ] {
+        guest.fill(0..24, 1);
+        guest.convert(4..20, to).unwrap();
+        assert_eq!(picture(&ram), of_ram);
+        assert_eq!(picture(&more), of_more);
+        guest.assert_filled(0..4, 1);
+        guest.assert_zero(4..20);
+        guest.assert_filled(20..24, 1);
+    }
+}
+
+pub fn what_is_not_bound_is_shared_already(guest: &mut Guest) {
+    let ram = guest.ram(8);
+    guest.fill(0..8, 1);
+    let requests = [8..9, 6..10, 1 << 40..(1 << 40) + 1, 0..1 << 50];
+    for request in requests.clone() {
+        let result = guest.convert(request, Private);
+        assert!(matches!(result, Err(Error::NotPrivateCapable { .. })));
+        assert_eq!(picture(&ram), "........");
+    }
+    for request in requests {
+        guest.convert(request, Shared).unwrap();
+    }
+    guest.assert_filled(0..8, 1);
+    let info = ram.info();
+    assert_eq!((info.conversions, info.failed_conversions), (2, 2));
+}
+
+pub fn state_and_contents_follow_the_region(guest: &mut Guest) {
+    let ram = guest.ram(8);
+    guest.convert(2..4, Private).unwrap();
+    guest.fill(0..8, 1);
+    let contents: Vec<u8> = (0..8).map(|granule| guest.read(granule)).collect();
+
+    guest.unbind(0);
+    assert!(guest.convert(2..4, Private).is_err());
+    guest.bind(&ram, 0..8, 100);
+    assert_eq!(picture(&ram), "..##....");
+    let moved: Vec<u8> = (100..108).map(|granule| guest.read(granule)).collect();
+    assert_eq!(moved, contents);
+
+    // What comes to the old place starts shared.
+    let next = guest.region(8);
+    guest.bind(&next, 0..8, 0);
+    guest.fill(0..8, 2);
+    let info = next.info();
+    assert_if_known(info.private_held, 0);
+    assert_if_known(info.shared_held, info.size);
+    assert_if_known(ram.info().held_twice, 0);
+}
+
+pub fn reset_makes_all_shared(guest: &mut Guest) {
+    let ram = guest.ram(16);
+    for granule in (0..16).step_by(2) {
+        guest.convert(granule..granule + 1, Private).unwrap();
+    }
+    guest.fill(0..16, 1);
+    // Whether the guest sees it or not.
+    guest.unbind(0);
+    guest.bind(&ram, 0..8, 0);
+    ram.reset().unwrap();
+    assert_eq!(ram.info().private, 0);
+    assert_if_known(ram.info().private_held, 0);
+    guest.bind(&ram, 8..16, 8);
+    for granule in (0..16).step_by(2) {
+        guest.assert_zero(granule..granule + 1);
+        guest.assert_filled(granule + 1..granule + 2, 1);
+    }
+}
+
+/// A downstream mapper that keeps what it is told, in granules.
+#[derive(Default)]
+struct Mapper {
+    told: Mutex<Vec<Told>>,
+    /// How many more calls of `populate` it agrees to, if there is an end.
+    patience: Mutex<Option<usize>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Told {
+    Discard(Range<u64>),
+    Populate(Range<u64>),
+}
+
+impl Mapper {
+    /// What it was told since the last time.
+    fn told(&self) -> Vec<Told> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+}
+
+impl Listener for Mapper {
+    fn discard(&self, offsets: privmem::Range) {
+        let told = Told::Discard(granules(offsets));
+        self.told.lock().unwrap().push(told);
+    }
+
+    fn populate(&self, offsets: privmem::Range) -> io::Result<()> {
+        if let Some(left) = self.patience.lock().unwrap().as_mut() {
+            let refused = || io::Error::from_raw_os_error(libc::ENOSPC);
+            *left = left.checked_sub(1).ok_or_else(refused)?;
+        }
+        let told = Told::Populate(granules(offsets));
+        self.told.lock().unwrap().push(told);
+        Ok(())
+    }
+
+    fn identity(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
+}
+
+pub fn listeners_see_exactly_the_runs(guest: &mut Guest) {
+    use Told::{Discard, Populate};
+    let ram = guest.ram(16);
+    guest.convert(6..8, Private).unwrap();
+    let mapper = Arc::new(Mapper::default());
+    ram.add_listener(mapper.clone()).unwrap();
+    assert_eq!(mapper.told(), [Populate(0..6), Populate(8..16)]);
+    guest.convert(4..12, Private).unwrap();
+    assert_eq!(mapper.told(), [Discard(4..6), Discard(8..12)]);
+    guest.convert(5..11, Private).unwrap();
+    assert_eq!(mapper.told(), [], "nothing changes");
+    guest.convert(0..8, Shared).unwrap();
+    assert_eq!(mapper.told(), [Populate(4..8)]);
+    ram.remove_listener(mapper.identity()).unwrap();
+    assert_eq!(mapper.told(), [Discard(0..8), Discard(12..16)]);
+    guest.convert(0..16, Shared).unwrap();
+    assert_eq!(mapper.told(), [], "it listens no more");
+}
+
+/// Private pages are freed only once all listeners have agreed.
+pub fn listener_that_refuses_changes_nothing(guest: &mut Guest) {
+    use Told::{Discard, Populate};
+    let ram = guest.ram(16);
+    for private in [2..4, 6..8, 10..12] {
+        guest.convert(private, Private).unwrap();
+    }
+    guest.fill(0..16, 1);
+    let before = ram.info();
+    let mappers = [(); 2].map(|()| Arc::new(Mapper::default()));
+    for mapper in &mappers {
+        ram.add_listener(mapper.clone()).unwrap();
+        mapper.told();
+    }
+    *mappers[1].patience.lock().unwrap() = Some(2);
+
+    let error = guest.convert(0..16, Shared).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(!matches!(error, Error::Undone { .. }), "{error}");
+    assert!(error.to_string().contains("listener"), "{error}");
+
+    assert_eq!(picture(&ram), "..##..##..##....");
+    guest.assert_filled(0..16, 1);
+    let after = ram.info();
+    assert_eq!(after.private_held, before.private_held);
+    assert_eq!(after.shared_held, before.shared_held);
+    assert_eq!(after.failed_conversions, 1);
+    let [one, other] = mappers.each_ref().map(|mapper| mapper.told());
+    let both = [Populate(2..4), Populate(6..8)];
+    let undone = [Discard(2..4), Discard(6..8)];
+    assert_eq!(other, [both.clone(), undone.clone()].concat());
+    let alone = vec![Populate(10..12), Discard(10..12)];
+    assert_eq!(one, [both.to_vec(), alone, undone.to_vec()].concat());
+}
+
+pub fn threads_convert_disjoint_ranges(guest: &mut Guest) {
+    const THREADS: u64 = 4;
+    // Several threads to a word of the state map, one of them in two words.
+    const OWN: u64 = 20;
+    const ROUNDS: u64 = 25;
+    let ram = guest.ram(THREADS * OWN);
+    guest.fill(0..THREADS * OWN, 1);
+    let converted = |own: u64| own * OWN + 2..(own + 1) * OWN - 2;
+    thread::scope(|scope| {
+        for own in 0..THREADS {
+            let vm = guest.vm().clone();
+            scope.spawn(move || {
+                for round in 0..ROUNDS {
+                    let side = [Private, Shared][round as usize % 2];
+                    convert(&vm, converted(own), side).unwrap();
+                }
+            });
+        }
+        // Meanwhile the guest works on what nobody converts.
+        for own in 0..THREADS {
+            guest.assert_filled(own * OWN..own * OWN + 2, 1);
+            guest.fill(own * OWN..own * OWN + 2, 2);
+        }
+    });
+    assert_eq!(
+        picture(&ram),
+        "..################..".repeat(THREADS as usize)
+    );
+    for own in 0..THREADS {
+        guest.assert_filled(own * OWN..own * OWN + 2, 2);
+        guest.assert_zero(converted(own));
+        guest.assert_filled(converted(own).end..(own + 1) * OWN, 1);
+    }
+    let info = ram.info();
+    assert_eq!(
+        (info.conversions, info.failed_conversions),
+        (THREADS * ROUNDS, 0)
+    );
+    assert_if_known(info.held_twice, 0);
+}
+
+/// A guest that races with conversions may find any page there. Once they are
+/// over, nothing that it wrote comes up again, or is held twice.
+pub fn threads_convert_what_the_guest_touches(guest: &mut Guest) {
+    let ram = guest.ram(12);
+    thread::scope(|scope| {
+        for range in [0..8, 4..12] {
+            let vm = guest.vm().clone();
+            scope.spawn(move || {
+                for round in 0..50 {
+                    let side = [Private, Shared][round % 2];
+                    convert(&vm, range.clone(), side).unwrap();
+                }
+            });
+        }
+        for seed in 0..20 {
+            guest.fill(0..12, seed);
+        }
+    });
+    // Each granule changes its side, so that both sides were freed.
+    guest.convert(0..12, Private).unwrap();
+    guest.convert(0..12, Shared).unwrap();
+    let info = ram.info();
+    assert_eq!(info.failed_conversions, 0);
+    assert_if_known(info.private_held, 0);
+    assert_if_known(info.shared_held, 0);
+    guest.assert_zero(0..12);
+}
