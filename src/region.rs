@@ -131,8 +131,6 @@ impl Region {
             other => other,
         })?;
         check_huge_page(options, size, &vm.agent)?;
-        let state = StateMap::new(range.granules().len())?;
-        state.set(range.granules(), options.initial);
         let kernel = &vm.kernel;
         let shared = Store::memfd(kernel, &format!("{name}-shared"), size, options.huge_page)?;
         let private = match vm.agent {
@@ -145,7 +143,7 @@ impl Region {
             name: name.to_owned(),
             size: range,
             options,
-            state,
+            state: StateMap::new(range.granules().len(), options.initial)?,
             shared,
             private,
             host: OnceLock::new(),

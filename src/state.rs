@@ -1,4 +1,5 @@
-//! The state map: one bit per granule, set where the granule is private. Pure.
+//! The state map: one bit per granule, set where the granule is not on the side
+//! where all began, so that a new map costs nothing. Pure.
 //!
 //! Readers take no lock: a bit is loaded with `Acquire`, and a conversion
 //! publishes with `Release` after the kernel has changed sides. Writers of
@@ -42,24 +43,30 @@ pub struct Run {
     pub side: Side,
 }
 
-/// One bit per granule; a new map is all shared.
+/// One bit per granule.
 pub struct StateMap {
     words: Box<[AtomicU64]>,
     granules: usize,
+    initial: Side,
 }
 
 impl StateMap {
-    /// Fails where there is no memory for one bit a granule.
-    pub fn new(granules: usize) -> Result<StateMap> {
+    /// A map with all granules on one side. Fails where there is no memory for
+    /// one bit a granule.
+    pub fn new(granules: usize, initial: Side) -> Result<StateMap> {
         let words = zeroed_words(granules.div_ceil(BITS));
         let words = words.ok_or(Error::NoMemoryForState { granules })?;
-        Ok(StateMap { words, granules })
+        Ok(StateMap {
+            words,
+            granules,
+            initial,
+        })
     }
 
     /// The map that [`StateMap::to_bytes`] told; fails where its length is not
     /// that of `granules`.
     pub fn from_bytes(granules: usize, bytes: &[u8]) -> Result<StateMap> {
-        let map = StateMap::new(granules)?;
+        let map = StateMap::new(granules, Side::Shared)?;
         if bytes.len() != granules.div_ceil(8) {
             let text = format!(
                 "a state of {} bytes is not that of {granules} granules",
@@ -77,7 +84,12 @@ impl StateMap {
     /// One bit a granule, from the lowest bit of the first byte, set where it
     /// is private.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let words = self.words.iter().map(|word| word.load(Ordering::Acquire));
+        let flip = match self.initial {
+            Side::Shared => 0,
+            Side::Private => !0,
+        };
+        let words = self.words.iter();
+        let words = words.map(|word| word.load(Ordering::Acquire) ^ flip);
         let mut bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
         bytes.truncate(self.granules.div_ceil(8));
         bytes
@@ -93,7 +105,10 @@ impl StateMap {
 
     pub fn side(&self, granule: usize) -> Side {
         assert!(granule < self.granules);
-        side_of(self.word(granule / BITS)[granule % BITS])
+        match self.word(granule / BITS)[granule % BITS] {
+            false => self.initial,
+            true => self.initial.other(),
+        }
     }
 
     /// Puts `granules` on `side`, visible to readers word by word.
@@ -103,9 +118,9 @@ impl StateMap {
             let mut mask = Word::ZERO;
             mask[bits].fill(true);
             let word = &self.words[index];
-            match side {
-                Side::Private => word.fetch_or(mask.data, Ordering::Release),
-                Side::Shared => word.fetch_and(!mask.data, Ordering::Release),
+            match side == self.initial {
+                false => word.fetch_or(mask.data, Ordering::Release),
+                true => word.fetch_and(!mask.data, Ordering::Release),
             };
         }
     }
@@ -113,9 +128,14 @@ impl StateMap {
     /// Number of private granules in `granules`.
     pub fn count_private(&self, granules: Range<usize>) -> usize {
         assert!(granules.end <= self.granules);
-        words_of(granules)
+        let all = granules.len();
+        let moved: usize = words_of(granules)
             .map(|(index, bits)| self.word(index)[bits].count_ones())
-            .sum()
+            .sum();
+        match self.initial {
+            Side::Shared => moved,
+            Side::Private => all - moved,
+        }
     }
 
     /// The runs of `granules` in order, cut off at its ends.
@@ -143,9 +163,9 @@ impl StateMap {
             .find_map(|(index, bits)| {
                 let start = index * BITS + bits.start;
                 let word = self.word(index);
-                let different = match side {
-                    Side::Private => word[bits].first_zero(),
-                    Side::Shared => word[bits].first_one(),
+                let different = match side == self.initial {
+                    true => word[bits].first_one(),
+                    false => word[bits].first_zero(),
                 };
                 Some(start + different?)
             })
@@ -175,10 +195,6 @@ impl StateMap {
     }
 }
 
-fn side_of(private: bool) -> Side {
-    if private { Side::Private } else { Side::Shared }
-}
-
 /// The words that hold `granules`, each with the bits concerned.
 fn words_of(granules: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
     let Range { start, end } = granules;
@@ -195,12 +211,12 @@ mod tests {
 
     #[test]
     fn picture_tells_the_three_kinds_of_cell() {
-        let map = StateMap::new(12).unwrap();
+        let map = StateMap::new(12, Side::Shared).unwrap();
         map.set(0..4, Side::Private);
         map.set(5..6, Side::Private);
         assert_eq!(map.picture(3), "#+.");
         assert_eq!(map.picture(100), "####.#......");
-        assert_eq!(StateMap::new(5).unwrap().picture(2), "..");
+        assert_eq!(StateMap::new(5, Side::Shared).unwrap().picture(2), "..");
     }
 
     #[test]

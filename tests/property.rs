@@ -15,17 +15,20 @@ proptest! {
     #[test]
     fn state_map_is_a_vec_of_bool(
         len in 1usize..400,
+        initial in any_side(),
         steps in prop::collection::vec((0usize..400, 0usize..400, any_side()), 0..40),
         look in (0usize..400, 0usize..400),
     ) {
-        let map = StateMap::new(len).unwrap();
-        let mut model = vec![Side::Shared; len];
+        let map = StateMap::new(len, initial).unwrap();
+        let mut model = vec![initial; len];
         for (a, b, side) in steps {
             let (start, end) = ordered(a, b, len);
             map.set(start..end, side);
             model[start..end].fill(side);
         }
         prop_assert!((0..len).all(|g| map.side(g) == model[g]));
+        let saved = StateMap::from_bytes(len, &map.to_bytes()).unwrap();
+        prop_assert!((0..len).all(|g| saved.side(g) == model[g]));
         let (start, end) = ordered(look.0, look.1, len);
         let private = model[start..end].iter().filter(|s| **s == Side::Private).count();
         prop_assert_eq!(map.count_private(start..end), private);

@@ -67,6 +67,8 @@ pub struct Model {
     busy: Mutex<BTreeSet<u64>>,
     /// The guest touches memory as soon as it changes side.
     pub guest_touches: AtomicBool,
+    /// Memory that the guest reaches may be freed: a balloon's, or at a reset.
+    pub discards: AtomicBool,
     /// Rules that the library broke.
     broken: Mutex<Vec<String>>,
     pub attributes: u32,
@@ -140,6 +142,7 @@ impl Model {
             places: Mutex::default(),
             busy: Mutex::default(),
             guest_touches: AtomicBool::new(false),
+            discards: AtomicBool::new(false),
             broken: Mutex::default(),
             attributes: 8,
             guest_memfd: 1,
@@ -204,6 +207,9 @@ impl Model {
 
     /// Pages are freed only when the guest cannot reach them any more.
     fn check_punch(&self, pages: &Pages, fd: RawFd, offsets: Range) {
+        if self.discards.load(Ordering::Relaxed) {
+            return;
+        }
         for place in self.places.lock().unwrap().iter() {
             let held = pages.held.get(&fd);
             let holds = held.is_some_and(|held| held.contains_key(&place.granule));
@@ -326,11 +332,12 @@ impl Kernel for Model {
 
     fn allocate(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
         let mut pages = self.pages.lock().unwrap();
-        let held = pages.held.entry(fd.as_raw_fd()).or_default();
         // On failure the kernel may have taken a part.
-        held.insert(granules(offsets).start);
+        pages.page(fd.as_raw_fd(), granules(offsets).start);
         self.call()?;
-        held.extend(granules(offsets));
+        for granule in granules(offsets) {
+            pages.page(fd.as_raw_fd(), granule);
+        }
         Ok(())
     }
 

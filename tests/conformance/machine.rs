@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use privmem::{GRANULE, Region, Side, Vm};
+use privmem::{GRANULE, Options, Region, Side, Vm};
 
 use crate::common;
 use crate::common::mapping::HostMapping;
@@ -36,6 +36,9 @@ pub trait Machine {
 
     /// What the guest finds in a granule.
     fn read(&mut self, granule: u64) -> u8;
+
+    /// From here on, memory that the guest reaches is freed on purpose.
+    fn expect_discards(&mut self) {}
 
     /// Fails the test if a rule was broken that only this machine can see.
     fn check(&self) {}
@@ -75,7 +78,12 @@ impl Guest {
 
     /// A new region that the guest does not see yet.
     pub fn region(&mut self, granules: u64) -> Arc<Region> {
-        let region = Region::new(self.vm(), "ram", granules * GRANULE).unwrap();
+        self.region_with(granules, Options::default())
+    }
+
+    pub fn region_with(&mut self, granules: u64, options: Options) -> Arc<Region> {
+        let size = granules * GRANULE;
+        let region = Region::with_options(self.vm(), "ram", size, options).unwrap();
         let mapping = HostMapping::new(&region);
         self.mappings.push((region.clone(), mapping));
         region
@@ -83,7 +91,11 @@ impl Guest {
 
     /// A new region that the guest sees from 0 up.
     pub fn ram(&mut self, granules: u64) -> Arc<Region> {
-        let region = self.region(granules);
+        self.ram_with(granules, Options::default())
+    }
+
+    pub fn ram_with(&mut self, granules: u64, options: Options) -> Arc<Region> {
+        let region = self.region_with(granules, options);
         self.bind(&region, 0..granules, 0);
         region
     }
@@ -115,6 +127,11 @@ impl Guest {
 
     pub fn convert(&self, gpa: Range<u64>, to: Side) -> privmem::Result<()> {
         common::convert(self.vm(), gpa, to)
+    }
+
+    /// From here on, memory that the guest reaches is freed on purpose.
+    pub fn expect_discards(&mut self) {
+        self.machine.expect_discards();
     }
 
     pub fn write(&mut self, granule: u64, value: u8) {

@@ -1,12 +1,13 @@
 //! The rules, one function each.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use privmem::Side::{Private, Shared};
-use privmem::{Error, GRANULE, Listener};
+use privmem::{Error, GRANULE, Listener, Options};
 
 use crate::common::{convert, granules};
 use crate::machine::{Guest, assert_if_known, picture};
@@ -164,6 +165,108 @@ pub fn reset_makes_all_shared(guest: &mut Guest) {
         guest.assert_zero(granule..granule + 1);
         guest.assert_filled(granule + 1..granule + 2, 1);
     }
+}
+
+pub fn what_begins_private_returns_to_that(guest: &mut Guest) {
+    let ram = guest.ram_with(
+        16,
+        Options {
+            initial: Private,
+            ..Options::default()
+        },
+    );
+    assert_eq!(picture(&ram), "################");
+    guest.fill(0..16, 1);
+    guest.convert(4..8, Shared).unwrap();
+    guest.assert_zero(4..8);
+    guest.fill(4..8, 2);
+    guest.assert_filled(8..16, 1);
+    assert_if_known(ram.info().shared_held, 4 * GRANULE);
+    guest.expect_discards();
+    ram.reset().unwrap();
+    assert_eq!(picture(&ram), "################");
+    assert_if_known(ram.info().private_held, 0);
+    assert_if_known(ram.info().shared_held, 0);
+    guest.assert_zero(0..16);
+}
+
+pub fn a_store_that_keeps_pages_shows_them_again(guest: &mut Guest) {
+    guest.ram_with(
+        8,
+        Options {
+            keep_private: true,
+            keep_shared: true,
+            ..Options::default()
+        },
+    );
+    guest.fill(0..8, 1);
+    guest.convert(2..4, Private).unwrap();
+    guest.assert_zero(2..4);
+    guest.fill(2..4, 2);
+    guest.convert(2..4, Shared).unwrap();
+    guest.assert_filled(0..8, 1);
+    guest.convert(2..4, Private).unwrap();
+    guest.assert_filled(2..4, 2);
+}
+
+pub fn preallocated_memory_is_held_where_it_is(guest: &mut Guest) {
+    let ram = guest.ram(16);
+    guest.convert(4..8, Private).unwrap();
+    ram.preallocate(NonZeroUsize::MIN).unwrap();
+    let assert_held = |private: u64| {
+        let info = ram.info();
+        assert_if_known(info.private_held, private * GRANULE);
+        assert_if_known(info.shared_held, (16 - private) * GRANULE);
+        assert_if_known(info.held_twice, 0);
+    };
+    assert_held(4);
+    guest.convert(0..6, Private).unwrap();
+    assert_held(8);
+    guest.convert(0..16, Shared).unwrap();
+    assert_held(0);
+    guest.assert_zero(0..8);
+}
+
+pub fn what_is_discarded_reads_zero_on_either_side(guest: &mut Guest) {
+    let ram = guest.ram(8);
+    guest.convert(2..5, Private).unwrap();
+    guest.fill(0..8, 1);
+    guest.expect_discards();
+    ram.discard(GRANULE, 3 * GRANULE).unwrap();
+    assert_eq!(picture(&ram), "..###...");
+    assert_if_known(ram.info().private_held, GRANULE);
+    assert_if_known(ram.info().shared_held, 4 * GRANULE);
+    guest.assert_filled(0..1, 1);
+    guest.assert_zero(1..4);
+    guest.assert_filled(4..8, 1);
+    assert!(ram.discard(6 * GRANULE, 3 * GRANULE).is_err());
+}
+
+/// Whoever keeps contents from the VMM cannot load them; who does not, can.
+pub fn a_saved_state_is_loaded_with_contents_or_not_at_all(guest: &mut Guest) {
+    let saved = guest.region(20);
+    guest.bind(&saved, 0..20, 100);
+    guest.convert(103..112, Private).unwrap();
+    guest.convert(107..108, Shared).unwrap();
+    let state = saved.save_state();
+
+    let ram = guest.ram(20);
+    guest.convert(0..5, Private).unwrap();
+    guest.fill(0..20, 1);
+    let before = picture(&ram);
+    match ram.load_state(&state) {
+        Ok(()) => {
+            assert_eq!(picture(&ram), picture(&saved));
+            assert_if_known(ram.info().held_twice, 0);
+            let error = ram.load_state(&state[1..]).unwrap_err();
+            assert!(error.to_string().contains("20 granules"), "{error}");
+        }
+        Err(error) => {
+            assert_eq!(error.errno(), libc::EOPNOTSUPP, "{error}");
+            assert_eq!(picture(&ram), before);
+        }
+    }
+    guest.assert_filled(0..20, 1);
 }
 
 /// A downstream mapper that keeps what it is told, in granules.

@@ -65,7 +65,7 @@ fn disjoint_ranges_run_together() {
 #[test]
 fn publication_comes_after_what_it_tells() {
     loom::model(|| {
-        let map = Arc::new(StateMap::new(8).unwrap());
+        let map = Arc::new(StateMap::new(8, Side::Shared).unwrap());
         let switched = Arc::new(AtomicUsize::new(0));
         let writer = {
             let (map, switched) = (map.clone(), switched.clone());
@@ -85,7 +85,7 @@ fn publication_comes_after_what_it_tells() {
 #[test]
 fn neighbours_in_a_word_are_kept() {
     loom::model(|| {
-        let map = Arc::new(StateMap::new(8).unwrap());
+        let map = Arc::new(StateMap::new(8, Side::Shared).unwrap());
         map.set(4..6, Side::Private);
         let other = map.clone();
         let writer = thread::spawn(move || other.set(0..2, Side::Private));
