@@ -11,6 +11,7 @@ mod header;
 mod kernel;
 mod lab;
 mod library;
+mod miri;
 mod protocol;
 mod qemu;
 mod run;
