@@ -6,6 +6,7 @@
 
 mod apt;
 mod cache;
+mod coverage;
 mod demo;
 mod header;
 mod kernel;

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use crate::Context;
+use crate::coverage;
 use crate::header;
 use crate::lab::Lab;
 use crate::library;
@@ -41,6 +42,7 @@ pub enum Suite {
     Rust,
     Miri,
     CClient,
+    Coverage,
     Xtask,
     #[value(name = "qtest-10.2")]
     Qtest10_2,
@@ -73,6 +75,7 @@ impl Suite {
             Self::Rust => cargo_test(cx, "cargo test", &["--workspace", "--exclude", "xtask"]),
             Self::Miri => miri::suite(cx),
             Self::CClient => c_clients(cx),
+            Self::Coverage => coverage::suite(cx),
             Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
             Self::Qtest10_2 => qtests(cx, Line::V10_2),
             Self::Qtest10_0 => qtests(cx, Line::V10_0),
