@@ -82,6 +82,31 @@ static void null_is_an_error(void)
     privmem_region_free(NULL);
 }
 
+/* Out-parameters and fds that are refused although the handle is good. */
+static void bad_arguments_are_refused(const struct privmem_vm *vm,
+                                      const struct privmem_region *region)
+{
+    struct privmem_vm *none = NULL;
+    struct privmem_info info;
+    uint64_t len = 3 * PAGE;
+
+    CHECK(privmem_vm_new_kvm(privmem_region_shared_fd(region), &none) ==
+          -ENOTTY);
+    CHECK(none == NULL && strstr(privmem_last_error(), "KVM"));
+    CHECK(privmem_region_info(region, NULL, sizeof(info)) == -EINVAL);
+    CHECK(privmem_region_next_run(region, 0, NULL) == -EINVAL);
+    CHECK(privmem_region_binding(region, 0, NULL) == -EINVAL);
+    CHECK(privmem_region_picture(region, NULL, 8) == -EINVAL);
+    CHECK(privmem_region_set_host_mapping(region, NULL) == -EINVAL);
+    CHECK(!privmem_region_host_access(region, 0, NULL));
+    /* The emulated agent keeps the host off nothing. */
+    CHECK(convert(vm, 0, PAGE, true) == 0);
+    CHECK(privmem_region_host_access(region, 0, &len) && len == 3 * PAGE);
+    CHECK(convert(vm, 0, PAGE, false) == 0);
+    CHECK(privmem_vm_memory_fault(vm, 0, PAGE) == 0);
+    CHECK(privmem_vm_memory_fault(vm, 1, PAGE) == -EINVAL);
+}
+
 /* A downstream mapper that counts the bytes that it maps, up to a limit. */
 struct mapper {
     uint64_t mapped, limit;
@@ -241,6 +266,7 @@ int main(void)
     CHECK(strncmp(picture, "....##..", 8) == 0 && strlen(picture) == PAGES);
     CHECK(privmem_region_picture(region, picture, 1) == -EINVAL);
 
+    bad_arguments_are_refused(vm, region);
     convert_in_threads(vm);
     listeners_are_told(vm, region);
     CHECK(convert(vm, 0, PAGES * PAGE, true) == 0);
@@ -253,6 +279,8 @@ int main(void)
     /* A region takes leave of its listeners. */
     CHECK(privmem_region_add_listener(region, &last_listener) == 0);
     CHECK(last.mapped == PAGES * PAGE);
+    /* And of its bindings. */
+    CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
     /* A VM handle may go before its regions. */
     privmem_vm_free(vm);
     privmem_region_free(region);

@@ -24,11 +24,15 @@ impl Installed {
     }
 }
 
-/// Builds the library and lays it out in the cache; files that stay the same
-/// keep their time, so that nothing is rebuilt for nothing.
+/// Builds the library and lays it out in the cache.
 pub fn install(cx: &Context) -> Result<Installed> {
-    let prefix = cx.cache.path("prefix");
     let built = build(cx)?;
+    lay_out(cx, &cx.cache.path("prefix"), &built)
+}
+
+/// Lays out a library that is built as an installation would; files that stay
+/// the same keep their time, so that nothing is rebuilt for nothing.
+pub fn lay_out(cx: &Context, prefix: &Path, built: &Path) -> Result<Installed> {
     let installed = Installed {
         archive: prefix.join("lib/libprivmem.a"),
         header: prefix.join("include/privmem.h"),
@@ -40,7 +44,7 @@ pub fn install(cx: &Context) -> Result<Installed> {
         .with_context(|| format!("{} is missing: cargo xtask header", header.display()))?;
     write_if_changed(&installed.header, header)?;
     let template = std::fs::read_to_string(cx.root.join("privmem.pc.in"))?;
-    let description = description(&template, &prefix, &version(cx)?);
+    let description = description(&template, prefix, &version(cx)?);
     write_if_changed(&installed.description(), description)?;
     Ok(installed)
 }
@@ -75,34 +79,51 @@ pub fn cargo(cx: &Context) -> Command {
     command
 }
 
+/// The compiler that cargo uses.
+pub fn rustc() -> Command {
+    Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+}
+
 /// Builds in release and returns the files that cargo says it made.
 fn artifacts(cx: &Context, what: &str, selection: &[&str]) -> Result<Vec<PathBuf>> {
     let mut command = cargo(cx);
-    command
-        .args([
-            "build",
-            "--release",
-            "--message-format=json-render-diagnostics",
-        ])
-        .args(selection);
-    let messages = run::work(&format!("build {what}"), || run::ask(&mut command))?;
-    Ok(messages.lines().flat_map(made).collect())
+    command.args(["build", "--release"]).args(selection);
+    run::work(&format!("build {what}"), || files(command))
 }
 
-fn made(message: &str) -> Vec<PathBuf> {
-    let message: Value = serde_json::from_str(message).unwrap_or_default();
+/// Runs a cargo command that builds; returns the files that it says it made.
+pub fn files(command: Command) -> Result<Vec<PathBuf>> {
+    Ok(messages(command)?.iter().flat_map(made).collect())
+}
+
+/// As [`files`], but only what can be run: programs and tests.
+pub fn programs(command: Command) -> Result<Vec<PathBuf>> {
+    Ok(messages(command)?.iter().filter_map(executable).collect())
+}
+
+fn messages(mut command: Command) -> Result<Vec<Value>> {
+    command.arg("--message-format=json-render-diagnostics");
+    let messages = run::ask(&mut command)?;
+    let parsed = messages.lines().map(serde_json::from_str);
+    Ok(parsed.map(Result::unwrap_or_default).collect())
+}
+
+fn made(message: &Value) -> Vec<PathBuf> {
     let files = message["filenames"].as_array();
-    let executable = message["executable"].as_str();
     files
         .into_iter()
         .flatten()
         .filter_map(Value::as_str)
-        .chain(executable)
         .map(PathBuf::from)
+        .chain(executable(message))
         .collect()
 }
 
-fn named(files: Vec<PathBuf>, name: &str) -> Result<PathBuf> {
+fn executable(message: &Value) -> Option<PathBuf> {
+    message["executable"].as_str().map(PathBuf::from)
+}
+
+pub fn named(files: Vec<PathBuf>, name: &str) -> Result<PathBuf> {
     files
         .into_iter()
         .find(|file| file.file_name().is_some_and(|found| found == name))
@@ -128,6 +149,7 @@ fn description(template: &str, prefix: &Path, version: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn the_pkg_config_file_is_filled_in() {
@@ -140,11 +162,15 @@ mod tests {
 
     #[test]
     fn cargo_messages_name_what_was_made() -> Result<()> {
-        let message =
-            r#"{"reason":"compiler-artifact","filenames":["/t/libprivmem.a"],"executable":null}"#;
-        let noise = r#"{"reason":"build-finished","success":true}"#;
-        let files: Vec<_> = [message, noise].into_iter().flat_map(made).collect();
+        let library = json!({"filenames": ["/t/libprivmem.a"], "executable": null});
+        let script = json!({"filenames": ["/t/build-script-build"], "executable": null});
+        let test = json!({"filenames": ["/t/vm-1"], "executable": "/t/vm-1"});
+        let noise = json!({"reason": "build-finished", "success": true});
+        let messages = [library, script, test, noise];
+        let files: Vec<_> = messages.iter().flat_map(made).collect();
         assert_eq!(named(files, "libprivmem.a")?, Path::new("/t/libprivmem.a"));
+        let programs: Vec<_> = messages.iter().filter_map(executable).collect();
+        assert_eq!(programs, [Path::new("/t/vm-1")]);
         Ok(())
     }
 }

@@ -6,11 +6,13 @@
 
 mod apt;
 mod cache;
+mod coverage;
 mod demo;
 mod header;
 mod kernel;
 mod lab;
 mod library;
+mod miri;
 mod protocol;
 mod qemu;
 mod run;

@@ -13,9 +13,11 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use crate::Context;
+use crate::coverage;
 use crate::header;
 use crate::lab::Lab;
 use crate::library;
+use crate::miri;
 use crate::protocol::{Event, Verdict};
 use crate::qemu::{self, Line, NoSource};
 use crate::run;
@@ -27,6 +29,10 @@ const LAB_LIMIT: Duration = Duration::from_secs(600);
 /// What a C program's exit status says when it could not test anything.
 const SKIPPED: i32 = 77;
 
+/// Has libtest show what tests that passed have printed, such as why they did
+/// nothing.
+pub const SHOW_OUTPUT: &str = "--show-output";
+
 const WARNINGS: &[&str] = &["-Wall", "-Wextra", "-Werror", "-pedantic"];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -34,7 +40,9 @@ pub enum Suite {
     Header,
     Symbols,
     Rust,
+    Miri,
     CClient,
+    Coverage,
     Xtask,
     #[value(name = "qtest-10.2")]
     Qtest10_2,
@@ -65,7 +73,9 @@ impl Suite {
             Self::Header => header_suite(cx),
             Self::Symbols => symbols::suite(cx),
             Self::Rust => cargo_test(cx, "cargo test", &["--workspace", "--exclude", "xtask"]),
+            Self::Miri => miri::suite(cx),
             Self::CClient => c_clients(cx),
+            Self::Coverage => coverage::suite(cx),
             Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
             Self::Qtest10_2 => qtests(cx, Line::V10_2),
             Self::Qtest10_0 => qtests(cx, Line::V10_0),
@@ -84,14 +94,14 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn skip(why: String) -> Self {
+    pub fn skip(why: String) -> Self {
         Self {
             skipped: vec![why],
             ..Self::default()
         }
     }
 
-    fn fail(why: String) -> Self {
+    pub fn fail(why: String) -> Self {
         Self {
             failed: vec![why],
             ..Self::default()
@@ -230,8 +240,12 @@ fn header_suite(cx: &Context) -> Result<Tally> {
 fn cargo_test(cx: &Context, label: &str, selection: &[&str]) -> Result<Tally> {
     let mut command = library::cargo(cx);
     command.args(["test", "--no-fail-fast"]).args(selection);
-    // Shows what tests that passed have printed, such as why they did nothing.
-    command.args(["--", "--show-output"]);
+    command.args(["--", SHOW_OUTPUT]);
+    counted(cx, label, command)
+}
+
+/// Runs Rust's test programs and counts what they say.
+pub fn counted(cx: &Context, label: &str, command: Command) -> Result<Tally> {
     let ended = run::attempt(&cx.cache, label, command)?;
     let log = fs::read_to_string(&ended.log)?;
     Ok(libtest(&log).ended(label, ended.success))
@@ -272,12 +286,12 @@ fn libtest(log: &str) -> Tally {
 }
 
 /// A way to build and run a C client.
-struct Build {
-    name: &'static str,
-    compiler: &'static str,
-    flags: &'static [&'static str],
+pub struct Build {
+    pub name: &'static str,
+    pub compiler: &'static str,
+    pub flags: &'static [&'static str],
     /// The words before the program.
-    runner: &'static [&'static str],
+    pub runner: &'static [&'static str],
 }
 
 const BUILDS: &[Build] = &[
@@ -322,7 +336,7 @@ fn c_clients(cx: &Context) -> Result<Tally> {
     let flags = library::compiler_flags(&library::install(cx)?)?;
     let dir = tempfile::tempdir()?;
     let mut tally = Tally::default();
-    for source in c_files(&cx.root.join("tests/c"))? {
+    for source in c_sources(cx)? {
         for build in BUILDS {
             let stem = source.file_stem().unwrap_or_default().to_string_lossy();
             let name = format!("{stem} ({})", build.name);
@@ -338,8 +352,10 @@ fn c_clients(cx: &Context) -> Result<Tally> {
     Ok(tally.ended("tests/c", true))
 }
 
-fn c_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+/// The C clients, each a program of one file.
+pub fn c_sources(cx: &Context) -> Result<Vec<PathBuf>> {
+    let dir = cx.root.join("tests/c");
+    let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
     let mut files: Vec<PathBuf> = entries
         .flatten()
         .map(|entry| entry.path())
@@ -357,19 +373,29 @@ fn c_client(
     flags: &[String],
     program: &Path,
 ) -> Result<Option<String>> {
-    run::ask(
-        Command::new(build.compiler)
-            .args(["-std=c11", "-g", "-pthread"])
-            .args(WARNINGS)
-            .args(build.flags)
-            .arg("-o")
-            .arg(program)
-            .arg(source)
-            .args(flags),
-    )?;
+    compile(build, source, flags, program)?;
     let mut words = build.runner.iter().map(Path::new).chain([program]);
     let mut command = Command::new(words.next().unwrap_or(program));
-    let output = command.args(words).current_dir(root).output()?;
+    run_client(command.args(words).current_dir(root))
+}
+
+/// Builds one client.
+pub fn compile(build: &Build, source: &Path, flags: &[String], program: &Path) -> Result<()> {
+    let mut command = Command::new(build.compiler);
+    command
+        .args(["-std=c11", "-g", "-pthread"])
+        .args(WARNINGS)
+        .args(build.flags)
+        .arg("-o")
+        .arg(program)
+        .arg(source)
+        .args(flags);
+    run::ask(&mut command).map(drop)
+}
+
+/// Runs one client; a reason if it had to skip.
+pub fn run_client(command: &mut Command) -> Result<Option<String>> {
+    let output = command.output()?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     match output.status.code() {
         Some(0) => Ok(None),

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use object::read::archive::ArchiveFile;
@@ -89,8 +88,7 @@ fn globals(archive: &Path, toolchain: &BTreeSet<Vec<u8>>) -> Result<BTreeSet<Str
 
 /// The names of the objects that the toolchain's own libraries consist of.
 fn standard_library() -> Result<BTreeSet<Vec<u8>>> {
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let libraries = run::ask(Command::new(rustc).args(["--print", "target-libdir"]))?;
+    let libraries = run::ask(library::rustc().args(["--print", "target-libdir"]))?;
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(libraries)? {
         let path = entry?.path();
