@@ -60,7 +60,7 @@ mod state {
                     .into_iter()
                     .filter(|end| start <= *end && *end <= len)
                 {
-                    let map = StateMap::new(len).unwrap();
+                    let map = StateMap::new(len, Side::Shared).unwrap();
                     let mut model = vec![Side::Shared; len];
                     map.set(start..end, Side::Private);
                     model[start..end].fill(Side::Private);
@@ -77,18 +77,18 @@ mod state {
 
     #[test]
     fn an_empty_map_has_nothing_to_show() {
-        let map = StateMap::new(0).unwrap();
+        let map = StateMap::new(0, Side::Shared).unwrap();
         assert!(map.is_empty());
         assert_eq!((map.len(), map.runs(0..0).count()), (0, 0));
         assert_eq!(map.picture(8), "");
-        let map = StateMap::new(65).unwrap();
+        let map = StateMap::new(65, Side::Shared).unwrap();
         assert!(!map.is_empty());
         assert_eq!(map.len(), 65);
     }
 
     #[test]
     fn writers_of_one_word_do_not_undo_each_other() {
-        let map = StateMap::new(64).unwrap();
+        let map = StateMap::new(64, Side::Shared).unwrap();
         map.set(32..64, Side::Private);
         let set_one_by_one = |granules, side| {
             for granule in granules {

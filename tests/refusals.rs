@@ -17,7 +17,7 @@ fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
 
 #[test]
 fn a_state_that_no_memory_can_hold_is_refused() {
-    let error = StateMap::new(usize::MAX).err().unwrap();
+    let error = StateMap::new(usize::MAX, Side::Shared).err().unwrap();
     assert_eq!(error.errno(), libc::ENOMEM);
     assert!(error.to_string().contains("smaller size"), "{error}");
 }

@@ -210,12 +210,17 @@ impl Model {
         if self.discards.load(Ordering::Relaxed) {
             return;
         }
-        for place in self.places.lock().unwrap().iter() {
-            let held = pages.held.get(&fd);
-            let holds = held.is_some_and(|held| held.contains_key(&place.granule));
-            if pages.reachable(place) == fd && holds && granules(offsets).contains(&place.granule) {
-                self.broke(format!("granule {} freed while mapped", place.granule));
-            }
+        let held = pages.held.get(&fd);
+        let mut freed = held
+            .into_iter()
+            .flat_map(|held| held.range(granules(offsets)));
+        let places = self.places.lock().unwrap();
+        let seen = |granule: u64| {
+            let mut places = places.iter().filter(|place| place.granule == granule);
+            places.any(|place| pages.reachable(place) == fd)
+        };
+        if let Some((granule, _)) = freed.find(|(granule, _)| seen(**granule)) {
+            self.broke(format!("granule {granule} freed while mapped"));
         }
     }
 

@@ -32,6 +32,7 @@ const CONFIGURE: &[&str] = &[
     "--without-default-features",
     "--enable-kvm",
     "--enable-tcg",
+    "--enable-numa",
     "--disable-fdt",
     "--disable-docs",
     "--disable-install-blobs",

@@ -24,6 +24,7 @@ pub const BUILD: &[&str] = &[
     "flex",
     "libelf-dev",
     "libglib2.0-dev",
+    "libnuma-dev",
     "libpixman-1-dev",
     "libssl-dev",
     "ninja-build",

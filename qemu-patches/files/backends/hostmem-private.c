@@ -10,12 +10,19 @@
 #include "qemu/osdep.h"
 #include <privmem.h>
 #include "qapi/error.h"
+#include "qapi/qapi-types-qom.h"
+#include "qapi/visitor.h"
 #include "qemu/error-report.h"
+#include "qemu/memfd.h"
+#include "qemu/mmap-alloc.h"
 #include "qemu/module.h"
 #include "qemu/units.h"
 #include "qom/object_interfaces.h"
 #include "hw/boards.h"
+#include "hw/vmstate-if.h"
 #include "migration/blocker.h"
+#include "migration/postcopy-ram.h"
+#include "migration/vmstate.h"
 #include "system/kvm.h"
 #include "system/private-memory.h"
 #include "system/reset.h"
@@ -26,10 +33,21 @@ struct HostMemoryBackendPrivate {
     HostMemoryBackend parent_obj;
 
     bool emulate;
+    PrivateMemoryInitialState initial_state;
+    PrivateMemoryDiscard discard;
+    bool hugetlb;
+    uint64_t hugetlbsize;
+
     struct privmem_region *region;
     Error *migration_blocker;
+    NotifierWithReturn postcopy_notifier;
     bool discard_required;
+    /* Which memory is private, while a machine is saved or loaded. */
+    uint32_t saved_size;
+    uint8_t *saved_state;
 };
+
+static void (*parent_complete)(UserCreatable *uc, Error **errp);
 
 /* What cannot be had in this machine is refused before anything is made. */
 static bool private_backend_check(HostMemoryBackendPrivate *m, const char *id,
@@ -79,13 +97,119 @@ static bool private_backend_check(HostMemoryBackendPrivate *m, const char *id,
     return true;
 }
 
+/*
+ * Saving and loading a machine, which the emulated agent can do: RAM goes as
+ * ever, the visible side of it, and then comes which of it is private.
+ */
+
+static int private_backend_pre_save(void *opaque)
+{
+    HostMemoryBackendPrivate *m = opaque;
+
+    m->saved_state = g_malloc(m->saved_size);
+    if (privmem_region_save_state(m->region, m->saved_state, m->saved_size)) {
+        error_report(TYPE_MEMORY_BACKEND_PRIVATE ": %s", privmem_last_error());
+        return -EINVAL;
+    }
+    return 0;
+}
+
+static int private_backend_post_save(void *opaque)
+{
+    HostMemoryBackendPrivate *m = opaque;
+
+    g_clear_pointer(&m->saved_state, g_free);
+    return 0;
+}
+
+static int private_backend_pre_load(void *opaque)
+{
+    HostMemoryBackendPrivate *m = opaque;
+
+    m->saved_state = g_malloc(m->saved_size);
+    return 0;
+}
+
+static int private_backend_post_load(void *opaque, int version_id)
+{
+    HostMemoryBackendPrivate *m = opaque;
+    int ret = privmem_region_load_state(m->region, m->saved_state,
+                                        m->saved_size);
+
+    g_clear_pointer(&m->saved_state, g_free);
+    if (ret) {
+        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot load which "
+                     "memory is private: %s",
+                     object_get_canonical_path_component(OBJECT(m)),
+                     privmem_last_error());
+    }
+    return ret;
+}
+
+static const VMStateDescription vmstate_private_backend = {
+    .name = TYPE_MEMORY_BACKEND_PRIVATE,
+    .version_id = 1,
+    .minimum_version_id = 1,
+    .pre_save = private_backend_pre_save,
+    .post_save = private_backend_post_save,
+    .pre_load = private_backend_pre_load,
+    .post_load = private_backend_post_load,
+    .fields = (const VMStateField[]) {
+        VMSTATE_UINT32_EQUAL(saved_size, HostMemoryBackendPrivate,
+                             "'size' differs"),
+        VMSTATE_VBUFFER_UINT32(saved_state, HostMemoryBackendPrivate, 1, NULL,
+                               saved_size),
+        VMSTATE_END_OF_LIST()
+    },
+};
+
+static char *private_backend_get_id(VMStateIf *obj)
+{
+    return g_strdup(object_get_canonical_path_component(OBJECT(obj)));
+}
+
+/* Conversions replace the mapping, and the userfaultfd that waits for it. */
+static int private_backend_postcopy(NotifierWithReturn *notifier, void *opaque,
+                                    Error **errp)
+{
+    struct PostcopyNotifyData *data = opaque;
+
+    if (data->reason == POSTCOPY_NOTIFY_PROBE) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE ": memory that changes "
+                   "sides cannot be fetched by post-copy migration; use "
+                   "pre-copy");
+        return -ENOTSUP;
+    }
+    return 0;
+}
+
+static bool private_backend_can_migrate(HostMemoryBackendPrivate *m,
+                                        const char *id, Error **errp)
+{
+    if (!m->emulate) {
+        error_setg(&m->migration_blocker, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
+                   "private memory cannot be migrated or saved", id);
+        return migrate_add_blocker(&m->migration_blocker, errp) >= 0;
+    }
+    error_setg(&m->migration_blocker, TYPE_MEMORY_BACKEND_PRIVATE " '%s': the "
+               "private store cannot be passed on (cpr); use migration mode "
+               "'normal'", id);
+    if (private_memory_block_cpr(&m->migration_blocker, errp) < 0) {
+        return false;
+    }
+    m->saved_size = DIV_ROUND_UP(MEMORY_BACKEND(m)->size, 4 * KiB * 8);
+    m->postcopy_notifier.notify = private_backend_postcopy;
+    postcopy_add_notifier(&m->postcopy_notifier);
+    return vmstate_register_with_alias_id(VMSTATE_IF(m), 0,
+                                          &vmstate_private_backend, m, -1, 0,
+                                          errp) == 0;
+}
+
 /* Two stores that change sides cannot be moved, nor pinned, by what exists. */
 static bool private_backend_block(HostMemoryBackendPrivate *m, const char *id,
                                   Error **errp)
 {
-    error_setg(&m->migration_blocker, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
-               "private memory cannot be migrated or saved", id);
-    if (migrate_add_blocker(&m->migration_blocker, errp) < 0) {
+    if (!private_backend_can_migrate(m, id, errp)) {
         return false;
     }
     if (ram_block_discard_require(true)) {
@@ -151,6 +275,50 @@ static void private_backend_reset(void *opaque)
     memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
 
+/* The size of the shared store's huge pages, 0 without: by default the host's. */
+static bool private_backend_huge_page(HostMemoryBackendPrivate *m,
+                                      uint64_t *size, Error **errp)
+{
+    int fd;
+
+    *size = m->hugetlb ? m->hugetlbsize : 0;
+    if (m->hugetlb && !m->hugetlbsize) {
+        fd = qemu_memfd_create("huge-page-size", 0, true, 0, 0, errp);
+        if (fd < 0) {
+            return false;
+        }
+        *size = qemu_fd_getpagesize(fd);
+        close(fd);
+    }
+    return true;
+}
+
+static bool private_backend_new_region(HostMemoryBackendPrivate *m,
+                                       struct privmem_vm *vm, const char *id,
+                                       Error **errp)
+{
+    uint64_t size = MEMORY_BACKEND(m)->size;
+    struct privmem_region_options options = {
+        .size = sizeof(options),
+        .initially_private =
+            m->initial_state == PRIVATE_MEMORY_INITIAL_STATE_PRIVATE,
+        .keep_private = m->discard == PRIVATE_MEMORY_DISCARD_SHARED ||
+                        m->discard == PRIVATE_MEMORY_DISCARD_NONE,
+        .keep_shared = m->discard == PRIVATE_MEMORY_DISCARD_PRIVATE ||
+                       m->discard == PRIVATE_MEMORY_DISCARD_NONE,
+    };
+
+    if (!private_backend_huge_page(m, &options.huge_page_size, errp)) {
+        return false;
+    }
+    if (privmem_region_new(vm, id, size, &options, &m->region)) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s' (property 'size' "
+                   "is %" PRIu64 "): %s", id, size, privmem_last_error());
+        return false;
+    }
+    return true;
+}
+
 static bool private_backend_memory_alloc(HostMemoryBackend *backend,
                                          Error **errp)
 {
@@ -167,18 +335,65 @@ static bool private_backend_memory_alloc(HostMemoryBackend *backend,
         error_prepend(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': ", id);
         return false;
     }
-    if (privmem_region_new(vm, id, backend->size, &m->region)) {
-        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s' (property 'size' "
-                   "is %" PRIu64 "): %s", id, backend->size,
-                   privmem_last_error());
-        return false;
-    }
-    if (!private_backend_block(m, id, errp) ||
+    if (!private_backend_new_region(m, vm, id, errp) ||
+        !private_backend_block(m, id, errp) ||
         !private_backend_map(m, id, errp)) {
         return false;
     }
     qemu_register_reset(private_backend_reset, m);
     return true;
+}
+
+/* The private store's part of 'host-nodes', 'policy' and 'prealloc'. */
+static bool private_backend_take(HostMemoryBackendPrivate *m, bool prealloc,
+                                 Error **errp)
+{
+    HostMemoryBackend *backend = MEMORY_BACKEND(m);
+    uint32_t threads = backend->prealloc_threads;
+    const char *what = "property 'host-nodes'";
+    int ret = 0;
+
+    if (backend->policy != HOST_MEM_POLICY_DEFAULT) {
+        ret = privmem_region_set_numa_policy(m->region, backend->policy,
+                                             backend->host_nodes,
+                                             BITS_TO_LONGS(MAX_NODES),
+                                             threads);
+    }
+    if (!ret && prealloc) {
+        what = "property 'prealloc'";
+        ret = privmem_region_preallocate(m->region, threads);
+    }
+    if (ret) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': %s: %s",
+                   object_get_canonical_path_component(OBJECT(m)), what,
+                   privmem_last_error());
+    }
+    return !ret;
+}
+
+/*
+ * The parent sets the policy of the shared store's mapping. It must not
+ * preallocate: it would touch the mapping, whatever side is visible.
+ */
+static void private_backend_complete(UserCreatable *uc, Error **errp)
+{
+    ERRP_GUARD();
+    HostMemoryBackend *backend = MEMORY_BACKEND(uc);
+    bool prealloc = backend->prealloc;
+
+    if (backend->prealloc_context) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property "
+                   "'prealloc-context' is not supported; 'host-nodes' places "
+                   "memory whichever CPU takes it",
+                   object_get_canonical_path_component(OBJECT(uc)));
+        return;
+    }
+    backend->prealloc = false;
+    parent_complete(uc, errp);
+    backend->prealloc = prealloc;
+    if (!*errp) {
+        private_backend_take(MEMORY_BACKEND_PRIVATE(uc), prealloc, errp);
+    }
 }
 
 /*
@@ -356,6 +571,17 @@ static int private_backend_replay_discarded(const RamDiscardManager *rdm,
 
 #endif
 
+/* Whether the object is not made yet; sets @errp otherwise. */
+static bool can_set(Object *o, const char *name, Error **errp)
+{
+    if (host_memory_backend_mr_inited(MEMORY_BACKEND(o))) {
+        error_setg(errp, "cannot change property '%s' of %s", name,
+                   object_get_typename(o));
+        return false;
+    }
+    return true;
+}
+
 static bool private_backend_get_emulate(Object *o, Error **errp)
 {
     return MEMORY_BACKEND_PRIVATE(o)->emulate;
@@ -363,12 +589,64 @@ static bool private_backend_get_emulate(Object *o, Error **errp)
 
 static void private_backend_set_emulate(Object *o, bool value, Error **errp)
 {
-    if (host_memory_backend_mr_inited(MEMORY_BACKEND(o))) {
-        error_setg(errp, "cannot change property 'emulate' of %s",
-                   object_get_typename(o));
-        return;
+    if (can_set(o, "emulate", errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->emulate = value;
     }
-    MEMORY_BACKEND_PRIVATE(o)->emulate = value;
+}
+
+static int private_backend_get_initial_state(Object *o, Error **errp)
+{
+    return MEMORY_BACKEND_PRIVATE(o)->initial_state;
+}
+
+static void private_backend_set_initial_state(Object *o, int value,
+                                              Error **errp)
+{
+    if (can_set(o, "initial-state", errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->initial_state = value;
+    }
+}
+
+static int private_backend_get_discard(Object *o, Error **errp)
+{
+    return MEMORY_BACKEND_PRIVATE(o)->discard;
+}
+
+static void private_backend_set_discard(Object *o, int value, Error **errp)
+{
+    if (can_set(o, "discard", errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->discard = value;
+    }
+}
+
+static bool private_backend_get_hugetlb(Object *o, Error **errp)
+{
+    return MEMORY_BACKEND_PRIVATE(o)->hugetlb;
+}
+
+static void private_backend_set_hugetlb(Object *o, bool value, Error **errp)
+{
+    if (can_set(o, "hugetlb", errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->hugetlb = value;
+    }
+}
+
+static void private_backend_get_hugetlbsize(Object *o, Visitor *v,
+                                            const char *name, void *opaque,
+                                            Error **errp)
+{
+    visit_type_size(v, name, &MEMORY_BACKEND_PRIVATE(o)->hugetlbsize, errp);
+}
+
+static void private_backend_set_hugetlbsize(Object *o, Visitor *v,
+                                            const char *name, void *opaque,
+                                            Error **errp)
+{
+    uint64_t value;
+
+    if (can_set(o, name, errp) && visit_type_size(v, name, &value, errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->hugetlbsize = value;
+    }
 }
 
 static void private_backend_instance_init(Object *obj)
@@ -382,6 +660,11 @@ static void private_backend_instance_finalize(Object *obj)
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
 
     qemu_unregister_reset(private_backend_reset, m);
+    vmstate_unregister(VMSTATE_IF(m), &vmstate_private_backend, m);
+    g_free(m->saved_state);
+    if (m->postcopy_notifier.notify) {
+        postcopy_remove_notifier(&m->postcopy_notifier);
+    }
     if (m->discard_required) {
         ram_block_discard_require(false);
     }
@@ -392,9 +675,13 @@ static void private_backend_instance_finalize(Object *obj)
 static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
 {
     HostMemoryBackendClass *bc = MEMORY_BACKEND_CLASS(oc);
+    UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
     RamDiscardManagerClass *rdmc = RAM_DISCARD_MANAGER_CLASS(oc);
 
     bc->alloc = private_backend_memory_alloc;
+    parent_complete = ucc->complete;
+    ucc->complete = private_backend_complete;
+    VMSTATE_IF_CLASS(oc)->get_id = private_backend_get_id;
     rdmc->get_min_granularity = private_backend_get_min_granularity;
     rdmc->is_populated = private_backend_is_populated;
     rdmc->replay_populated = private_backend_replay_populated;
@@ -407,6 +694,29 @@ static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
     object_class_property_set_description(oc, "emulate",
         "Emulate private memory without KVM, for TCG and tests; "
         "protects nothing");
+    object_class_property_add_enum(oc, "initial-state",
+                                   "PrivateMemoryInitialState",
+                                   &PrivateMemoryInitialState_lookup,
+                                   private_backend_get_initial_state,
+                                   private_backend_set_initial_state);
+    object_class_property_set_description(oc, "initial-state",
+        "Whether memory is private or shared at first and after a reset "
+        "(default: what the type of the guest expects)");
+    object_class_property_add_enum(oc, "discard", "PrivateMemoryDiscard",
+                                   &PrivateMemoryDiscard_lookup,
+                                   private_backend_get_discard,
+                                   private_backend_set_discard);
+    object_class_property_set_description(oc, "discard",
+        "Which store gives memory back that goes to the other side");
+    object_class_property_add_bool(oc, "hugetlb", private_backend_get_hugetlb,
+                                   private_backend_set_hugetlb);
+    object_class_property_set_description(oc, "hugetlb",
+        "Use huge pages for the shared store");
+    object_class_property_add(oc, "hugetlbsize", "int",
+                              private_backend_get_hugetlbsize,
+                              private_backend_set_hugetlbsize, NULL, NULL);
+    object_class_property_set_description(oc, "hugetlbsize",
+        "Huge page size (default: the host's)");
 }
 
 static const TypeInfo private_backend_info = {
@@ -418,6 +728,7 @@ static const TypeInfo private_backend_info = {
     .class_init = private_backend_class_init,
     .interfaces = (InterfaceInfo[]) {
         { TYPE_RAM_DISCARD_MANAGER },
+        { TYPE_VMSTATE_IF },
         { }
     },
 };

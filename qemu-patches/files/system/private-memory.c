@@ -155,8 +155,9 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     } while (!ret && done < size);
 
     trace_private_memory_convert(gpa, size, to_private, ret);
-    if (privmem_emulated && done) {
-        invalidate_code(gpa, done);
+    if (privmem_emulated && ret != -EINVAL) {
+        /* What was done, and what was undone at the cost of its contents. */
+        invalidate_code(gpa, size);
     }
     if (ret) {
         error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s "
@@ -199,6 +200,39 @@ int private_memory_fault(hwaddr gpa, uint64_t size)
                      ": %s", gpa, privmem_last_error());
     }
     return ret;
+}
+
+int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length)
+{
+    int ret = privmem_region_discard(block->privmem, offset, length);
+
+    if (ret) {
+        error_report("%s: cannot discard 0x%zx bytes at 0x" RAM_ADDR_FMT
+                     ": %s", block->idstr, length, offset,
+                     privmem_last_error());
+    }
+    if (privmem_emulated) {
+        memory_region_invalidate_code(block->mr, offset, length);
+    }
+    return ret;
+}
+
+void *private_memory_place(hwaddr gpa, hwaddr *len)
+{
+    MemoryRegionSection section = memory_region_find(get_system_memory(), gpa,
+                                                     *len);
+
+    if (!section.mr) {
+        return NULL;
+    }
+    if (!memory_region_is_private_capable(section.mr) ||
+        section.offset_within_address_space != gpa) {
+        memory_region_unref(section.mr);
+        return NULL;
+    }
+    *len = int128_get64(section.size);
+    return (uint8_t *)memory_region_get_ram_ptr(section.mr) +
+           section.offset_within_region;
 }
 
 bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,

@@ -18,10 +18,17 @@
 #include "exec/ramblock.h"
 typedef void ClassInitData;
 #define PRIVATE_MEMORY_VOID_REPLAY
+#define private_memory_block_cpr(reason, errp)                            \
+    migrate_add_blocker_modes(reason, errp, MIG_MODE_CPR_REBOOT,          \
+                              MIG_MODE_CPR_TRANSFER, -1)
 #else
 #include "system/address-spaces.h"
 #include "system/ramblock.h"
 typedef const void ClassInitData;
+#define private_memory_block_cpr(reason, errp)                            \
+    migrate_add_blocker_modes(reason, BIT(MIG_MODE_CPR_REBOOT) |          \
+                              BIT(MIG_MODE_CPR_TRANSFER) |                \
+                              BIT(MIG_MODE_CPR_EXEC), errp)
 #endif
 
 #define TYPE_MEMORY_BACKEND_PRIVATE "memory-backend-private"
@@ -67,6 +74,13 @@ bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
  */
 bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp);
 
+/*
+ * Where *@len bytes of private-capable memory at @gpa, or as many as are in one
+ * piece, lie in QEMU, for who discards them: not to be touched. NULL for other
+ * memory; holds a reference to the MemoryRegion otherwise.
+ */
+void *private_memory_place(hwaddr gpa, hwaddr *len);
+
 /* Drops translated code of @len bytes of @mr at @offset. In physmem.c. */
 void memory_region_invalidate_code(MemoryRegion *mr, hwaddr offset, hwaddr len);
 
@@ -109,6 +123,11 @@ static inline bool private_memory_host_access(MemoryRegion *mr, hwaddr offset,
     return true;
 }
 
+static inline void *private_memory_place(hwaddr gpa, hwaddr *len)
+{
+    return NULL;
+}
+
 #endif /* CONFIG_PRIVATE_MEMORY */
 
 /* The rest is only called where memory is enabled or private-capable. */
@@ -133,6 +152,12 @@ int private_memory_fault(hwaddr gpa, uint64_t size);
  */
 int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
                             hwaddr size);
+
+/*
+ * Frees the memory of @length bytes of @block at @offset, on whichever side
+ * they are. 0 or a negative errno; the error has been reported.
+ */
+int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length);
 
 /* The slot of private_memory_slot_add() is gone. */
 void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);

@@ -255,6 +255,11 @@ static void test_bad_objects(void)
                  "'m'", "'share'", "leave the property out", NULL);
     assert_error(add(qts, "'size': 4096"), "'m'", "emulate=on", "-accel kvm",
                  NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 4096, 'discard': 'all'"),
+                 "'discard'", "'all'", NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 4194304, 'hugetlb': true, "
+                     "'hugetlbsize': 2097152"), "'m'", "emulated agent",
+                 "huge pages", NULL);
     assert_error(add(qts, "'emulate': true, 'size': 1152921504606846976"),
                  "'m'", "'size'", "smaller", NULL);
     g_assert_null(query(qts, "m"));
@@ -375,13 +380,352 @@ static void test_hmp(void)
     qtest_quit(qts);
 }
 
-static void test_migration_is_blocked(void)
+/* Waits for @status of query-migrate. */
+static void wait_for_migration(QTestState *qts, const char *status)
+{
+    /* The deadline only ends a test that has failed. */
+    gint64 deadline = g_get_monotonic_time() + 60 * G_TIME_SPAN_SECOND;
+    bool reached;
+
+    do {
+        QDict *response = qtest_qmp(qts, "{ 'execute': 'query-migrate' }");
+        QDict *info = qdict_get_qdict(response, "return");
+        const char *now = qdict_get_try_str(info, "status") ?: "none";
+
+        g_assert_cmpstr(now, !=, "failed");
+        g_assert_cmpint(g_get_monotonic_time(), <, deadline);
+        reached = !strcmp(now, status);
+        qobject_unref(response);
+    } while (!reached);
+}
+
+static void set_bandwidth(QTestState *qts, uint64_t bytes)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-parameters', "
+                             "'arguments': { 'max-bandwidth': %" PRIu64 " } }",
+                             bytes);
+}
+
+/* Contents and state go along, those that change meanwhile included. */
+static void test_migration(void)
+{
+    QTestState *from = start(), *to;
+    g_autofree char *file = g_strdup_printf("%s.migration", firmware_file);
+    g_autofree char *uri = g_strdup_printf("file:%s", file);
+    g_autofree char *picture = NULL;
+    QDict *info;
+
+    qtest_memset(from, 1 * MiB, 0x11, 8 * PAGE);
+    convert_ok(from, 1 * MiB + PAGE, 3 * PAGE, true);
+    qtest_memset(from, 1 * MiB + PAGE, 0x22, 2 * PAGE);
+    qtest_memset(from, 8 * MiB, 0x33, 4 * MiB);
+    convert_ok(from, 9 * MiB, 1 * MiB, true);
+    qtest_memset(from, 9 * MiB, 0x44, 1 * MiB);
+
+    /* So slow that it does not end by itself. */
+    set_bandwidth(from, 16 * KiB);
+    qtest_qmp_assert_success(from, "{ 'execute': 'migrate', "
+                             "'arguments': { 'uri': %s } }", uri);
+    wait_for_migration(from, "active");
+    convert_ok(from, 1 * MiB + PAGE, PAGE, false);
+    convert_ok(from, 1 * MiB + 6 * PAGE, PAGE, true);
+    qtest_memset(from, 1 * MiB + 6 * PAGE, 0x55, PAGE);
+    convert_ok(from, 10 * MiB, 1 * MiB, true);
+    set_bandwidth(from, 1 * GiB);
+    wait_for_migration(from, "completed");
+    info = query(from, "ram0");
+    picture = g_strdup(qdict_get_str(info, "picture"));
+    qobject_unref(info);
+    qtest_quit(from);
+
+    to = start_with("-machine memory-backend=ram0 -object "
+                    "memory-backend-private,id=ram0,size=64M,emulate=on "
+                    "-incoming defer");
+    qtest_qmp_assert_success(to, "{ 'execute': 'migrate-incoming', "
+                             "'arguments': { 'uri': %s } }", uri);
+    wait_for_migration(to, "completed");
+    info = query(to, "ram0");
+    g_assert_cmpstr(qdict_get_str(info, "picture"), ==, picture);
+    g_assert_cmpint(qdict_get_int(info, "private"), ==, 3 * PAGE + 2 * MiB);
+    qobject_unref(info);
+    assert_page(to, 1 * MiB, 0x11);
+    assert_page(to, 1 * MiB + PAGE, 0);
+    assert_page(to, 1 * MiB + 2 * PAGE, 0x22);
+    assert_page(to, 1 * MiB + 3 * PAGE, 0);
+    assert_page(to, 1 * MiB + 5 * PAGE, 0x11);
+    assert_page(to, 1 * MiB + 6 * PAGE, 0x55);
+    assert_page(to, 9 * MiB - PAGE, 0x33);
+    assert_page(to, 9 * MiB, 0x44);
+    assert_page(to, 10 * MiB, 0);
+    assert_page(to, 11 * MiB, 0x33);
+    /* What was private is so for the library, too. */
+    convert_ok(to, 1 * MiB, 8 * PAGE, false);
+    assert_page(to, 1 * MiB, 0x11);
+    assert_page(to, 1 * MiB + 2 * PAGE, 0);
+    qtest_quit(to);
+    unlink(file);
+}
+
+static void test_migration_refused(void)
 {
     QTestState *qts = start();
 
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-set-parameters', "
+                             "'arguments': { 'mode': 'cpr-reboot' } }");
     assert_error(qtest_qmp(qts, "{ 'execute': 'migrate', 'arguments': "
                            "{ 'uri': 'exec:cat > /dev/null' } }"),
-                 "ram0", "cannot be migrated", NULL);
+                 "ram0", "cpr", "normal", NULL);
+    assert_error(qtest_qmp(qts, "{ 'execute': 'migrate-set-capabilities', "
+                           "'arguments': { 'capabilities': [ { 'capability': "
+                           "'background-snapshot', 'state': true } ] } }"),
+                 "not compatible with guest memory", NULL);
+    qtest_quit(qts);
+
+    qts = start_with("-machine memory-backend=ram0 -object "
+                     "memory-backend-private,id=ram0,size=64M,emulate=on "
+                     "-incoming defer");
+    assert_error(qtest_qmp(qts, "{ 'execute': 'migrate-set-capabilities', "
+                           "'arguments': { 'capabilities': [ { 'capability': "
+                           "'postcopy-ram', 'state': true } ] } }"),
+                 "Postcopy", NULL);
+    qtest_quit(qts);
+}
+
+static void wait_for_job(QTestState *qts)
+{
+    gint64 deadline = g_get_monotonic_time() + 60 * G_TIME_SPAN_SECOND;
+    bool concluded;
+
+    do {
+        QDict *response = qtest_qmp(qts, "{ 'execute': 'query-jobs' }");
+        QListEntry *entry = qlist_first(qdict_get_qlist(response, "return"));
+        QDict *job = qobject_to(QDict, qlist_entry_obj(entry));
+
+        g_assert_cmpstr(qdict_get_try_str(job, "error"), ==, NULL);
+        g_assert_cmpint(g_get_monotonic_time(), <, deadline);
+        concluded = !strcmp(qdict_get_str(job, "status"), "concluded");
+        qobject_unref(response);
+    } while (!concluded);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'job-dismiss', "
+                             "'arguments': { 'id': 'job' } }");
+}
+
+/* A node 'disk' that can hold snapshots, in @file. */
+static void add_disk(QTestState *qts, const char *file)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': 'blockdev-create', "
+                             "'arguments': { 'job-id': 'job', 'options': "
+                             "{ 'driver': 'file', 'filename': %s, "
+                             "'size': 0 } } }", file);
+    wait_for_job(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'blockdev-add', "
+                             "'arguments': { 'driver': 'file', "
+                             "'node-name': 'file', 'filename': %s } }", file);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'blockdev-create', "
+                             "'arguments': { 'job-id': 'job', 'options': "
+                             "{ 'driver': 'qcow2', 'file': 'file', "
+                             "'size': 1048576 } } }");
+    wait_for_job(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'blockdev-add', "
+                             "'arguments': { 'driver': 'qcow2', "
+                             "'node-name': 'disk', 'file': 'file' } }");
+}
+
+static void snapshot(QTestState *qts, const char *command)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': %s, 'arguments': "
+                             "{ 'job-id': 'job', 'tag': 'tag', "
+                             "'vmstate': 'disk', 'devices': [ 'disk' ] } }",
+                             command);
+    wait_for_job(qts);
+}
+
+/* Loading a snapshot brings back state and contents of both sides. */
+static void test_snapshot(void)
+{
+    QTestState *qts = start();
+    g_autofree char *file = g_strdup_printf("%s.qcow2", firmware_file);
+
+    add_disk(qts, file);
+    qtest_memset(qts, 1 * MiB, 0x11, 8 * PAGE);
+    convert_ok(qts, 1 * MiB + PAGE, 3 * PAGE, true);
+    qtest_memset(qts, 1 * MiB + PAGE, 0x22, 3 * PAGE);
+    snapshot(qts, "snapshot-save");
+
+    convert_ok(qts, 1 * MiB + 2 * PAGE, 4 * PAGE, false);
+    convert_ok(qts, 1 * MiB + 5 * PAGE, 2 * PAGE, true);
+    qtest_memset(qts, 1 * MiB, 0x33, 8 * PAGE);
+    snapshot(qts, "snapshot-load");
+    assert_figure(qts, "ram0", "private", 3 * PAGE);
+    for (int page = 0; page < 8; page++) {
+        assert_page(qts, 1 * MiB + page * PAGE,
+                    page >= 1 && page < 4 ? 0x22 : 0x11);
+    }
+    convert_ok(qts, 1 * MiB, 8 * PAGE, false);
+    assert_page(qts, 1 * MiB + 3 * PAGE, 0);
+    assert_page(qts, 1 * MiB + 4 * PAGE, 0x11);
+    qtest_quit(qts);
+    unlink(file);
+}
+
+static QTestState *start_ram0(const char *properties)
+{
+    g_autofree char *more = g_strdup_printf(
+        "-machine memory-backend=ram0 -object memory-backend-private,"
+        "id=ram0,size=64M,emulate=on,%s", properties);
+
+    return start_with(more);
+}
+
+static void test_initial_state(void)
+{
+    QTestState *qts = start_ram0("initial-state=private");
+
+    assert_figure(qts, "ram0", "private", RAM_SIZE);
+    qtest_memset(qts, 1 * MiB, 0x11, 2 * PAGE);
+    convert_ok(qts, 1 * MiB, PAGE, false);
+    assert_page(qts, 1 * MiB, 0);
+    qtest_memset(qts, 1 * MiB, 0x22, PAGE);
+    assert_page(qts, 1 * MiB + PAGE, 0x11);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'system_reset' }");
+    qtest_qmp_eventwait(qts, "RESET");
+    assert_figure(qts, "ram0", "private", RAM_SIZE);
+    assert_page(qts, 1 * MiB, 0);
+    assert_page(qts, 1 * MiB + PAGE, 0);
+    qtest_quit(qts);
+}
+
+/* A store that is not to discard shows old contents again. */
+static void test_discard(void)
+{
+    static const struct {
+        const char *discard;
+        uint8_t private_again, shared_again;
+    } modes[] = {
+        { "discard=both", 0, 0 },
+        { "discard=private", 0, 0x11 },
+        { "discard=shared", 0x22, 0 },
+        { "discard=none", 0x22, 0x11 },
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(modes); i++) {
+        QTestState *qts = start_ram0(modes[i].discard);
+
+        qtest_memset(qts, 1 * MiB, 0x11, PAGE);
+        convert_ok(qts, 1 * MiB, PAGE, true);
+        assert_page(qts, 1 * MiB, 0);
+        qtest_memset(qts, 1 * MiB, 0x22, PAGE);
+        convert_ok(qts, 1 * MiB, PAGE, false);
+        assert_page(qts, 1 * MiB, modes[i].shared_again);
+        convert_ok(qts, 1 * MiB, PAGE, true);
+        assert_page(qts, 1 * MiB, modes[i].private_again);
+        qtest_quit(qts);
+    }
+}
+
+static bool can_tell_held(QTestState *qts)
+{
+    QDict *info = query(qts, "ram0");
+    bool known = qdict_haskey(info, "held-twice");
+
+    qobject_unref(info);
+    return known;
+}
+
+/* All memory is taken at first, and stays taken whichever side it is on. */
+static void test_prealloc(void)
+{
+    QTestState *qts = start_ram0("prealloc=on,prealloc-threads=2");
+
+    if (can_tell_held(qts)) {
+        assert_figure(qts, "ram0", "shared-held", RAM_SIZE);
+        assert_figure(qts, "ram0", "private-held", 0);
+        convert_ok(qts, 1 * MiB, 5 * PAGE, true);
+        assert_figure(qts, "ram0", "shared-held", RAM_SIZE - 5 * PAGE);
+        assert_figure(qts, "ram0", "private-held", 5 * PAGE);
+        assert_figure(qts, "ram0", "held-twice", 0);
+    } else {
+        g_test_skip("this kernel has no cachestat(2)");
+    }
+    qtest_quit(qts);
+}
+
+/*
+ * A legacy virtio balloon, which wants no more than I/O ports.
+ */
+#define BALLOON_PORT 0xc000
+#define QUEUE_PAGE 1024             /* 4 MiB, shared */
+#define QUEUE (QUEUE_PAGE * PAGE)
+#define BUFFER (QUEUE + 16 * PAGE)
+
+static void balloon_start(QTestState *qts, uint16_t queue, uint32_t features)
+{
+    /* Bus 0, device 4: I/O BAR, I/O space and bus master. */
+    qtest_outl(qts, 0xcf8, 0x80002010);
+    qtest_outl(qts, 0xcfc, BALLOON_PORT);
+    qtest_outl(qts, 0xcf8, 0x80002004);
+    qtest_outw(qts, 0xcfc, 5);
+
+    qtest_outb(qts, BALLOON_PORT + 0x12, 0);
+    qtest_outb(qts, BALLOON_PORT + 0x12, 3);
+    qtest_outl(qts, BALLOON_PORT + 0x04, features);
+    qtest_outw(qts, BALLOON_PORT + 0x0e, queue);
+    qtest_memset(qts, QUEUE, 0, 16 * PAGE);
+    qtest_outl(qts, BALLOON_PORT + 0x08, QUEUE_PAGE);
+    qtest_outb(qts, BALLOON_PORT + 0x12, 7);
+}
+
+/* Hands over one buffer; it has been used on return. */
+static void balloon_send(QTestState *qts, uint16_t queue, uint64_t address,
+                         uint32_t length, bool is_write)
+{
+    uint16_t size = qtest_inw(qts, BALLOON_PORT + 0x0c);
+    uint64_t avail = QUEUE + size * 16;
+    uint64_t used = ROUND_UP(avail + 6 + size * 2, PAGE);
+    uint16_t index = qtest_readw(qts, avail + 2);
+
+    qtest_writeq(qts, QUEUE, address);
+    qtest_writel(qts, QUEUE + 8, length);
+    qtest_writew(qts, QUEUE + 12, is_write ? 2 : 0);
+    qtest_writew(qts, avail + 4 + index % size * 2, 0);
+    qtest_writew(qts, avail + 2, index + 1);
+    qtest_outw(qts, BALLOON_PORT + 0x10, queue);
+    g_assert_cmpint(qtest_readw(qts, used + 2), ==, (uint16_t)(index + 1));
+}
+
+/* Pages that the guest gives away, or reports as free, go on either side. */
+static void test_balloon(void)
+{
+    QTestState *qts = start_with(
+        "-machine memory-backend=ram0 -object "
+        "memory-backend-private,id=ram0,size=64M,emulate=on "
+        "-device virtio-balloon-pci,disable-modern=on,addr=4,"
+        "free-page-reporting=on");
+
+    qtest_memset(qts, 8 * MiB, 0x11, 8 * PAGE);
+    convert_ok(qts, 8 * MiB + 2 * PAGE, 4 * PAGE, true);
+    qtest_memset(qts, 8 * MiB + 2 * PAGE, 0x22, 4 * PAGE);
+
+    balloon_start(qts, 0, 0);
+    qtest_writel(qts, BUFFER, 8 * MiB / PAGE + 1);
+    qtest_writel(qts, BUFFER + 4, 8 * MiB / PAGE + 2);
+    balloon_send(qts, 0, BUFFER, 8, false);
+    assert_page(qts, 8 * MiB, 0x11);
+    assert_page(qts, 8 * MiB + PAGE, 0);
+    assert_page(qts, 8 * MiB + 2 * PAGE, 0);
+    assert_page(qts, 8 * MiB + 3 * PAGE, 0x22);
+
+    balloon_start(qts, 3, 1 << 5);
+    balloon_send(qts, 3, 8 * MiB + 4 * PAGE, 3 * PAGE, true);
+    assert_page(qts, 8 * MiB + 3 * PAGE, 0x22);
+    assert_page(qts, 8 * MiB + 4 * PAGE, 0);
+    assert_page(qts, 8 * MiB + 5 * PAGE, 0);
+    assert_page(qts, 8 * MiB + 6 * PAGE, 0);
+    assert_page(qts, 8 * MiB + 7 * PAGE, 0x11);
+    assert_figure(qts, "ram0", "private", 4 * PAGE);
+    if (can_tell_held(qts)) {
+        assert_figure(qts, "ram0", "held-twice", 0);
+    }
     qtest_quit(qts);
 }
 
@@ -557,7 +901,14 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/numa", test_numa);
     qtest_add_func("/private-memory/reset", test_reset);
     qtest_add_func("/private-memory/hmp", test_hmp);
-    qtest_add_func("/private-memory/migration", test_migration_is_blocked);
+    qtest_add_func("/private-memory/migration", test_migration);
+    qtest_add_func("/private-memory/migration-refused",
+                   test_migration_refused);
+    qtest_add_func("/private-memory/snapshot", test_snapshot);
+    qtest_add_func("/private-memory/initial-state", test_initial_state);
+    qtest_add_func("/private-memory/discard", test_discard);
+    qtest_add_func("/private-memory/prealloc", test_prealloc);
+    qtest_add_func("/private-memory/balloon", test_balloon);
     qtest_add_func("/private-memory/listener", test_listener);
     qtest_add_func("/private-memory/dump", test_dump);
     qtest_add_func("/private-memory/bad-command-lines",
