@@ -30,6 +30,23 @@ use crate::run;
 
 const FIRMWARE: &[&str] = &["kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin", "qboot.rom"];
 
+/// Two NUMA nodes, so that a test can ask for memory of one of them. Whichever CPUs
+/// there are belong to the first.
+const MEMORY: &[&str] = &[
+    "-m",
+    "2G",
+    "-object",
+    "memory-backend-ram,id=node0,size=1536M",
+    "-object",
+    "memory-backend-ram,id=node1,size=512M",
+    "-numa",
+    "node,memdev=node0",
+    "-numa",
+    "node,memdev=node1",
+    "-numa",
+    "cpu,node-id=0,socket-id=0",
+];
+
 /// Images of a line that were not used for so long are removed.
 const KEEP_IMAGES: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -154,7 +171,8 @@ impl Lab {
         command
             .args(["-M", "q35", "-nodefaults", "-no-reboot", "-display", "none"])
             .args(self.accelerator)
-            .args(["-m", "2G", "-bios", "qboot.rom"])
+            .args(MEMORY)
+            .args(["-bios", "qboot.rom"])
             .arg("-L")
             .arg(&self.firmware)
             .arg("-kernel")

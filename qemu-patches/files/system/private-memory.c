@@ -26,6 +26,8 @@
 
 /* Cells of the picture in query-private-memory. */
 #define PICTURE_WIDTH 64
+/* The guest decides how many extents there are; they are listed in pages. */
+#define EXTENTS_MAX 65536
 
 /* Made once, before vCPUs run, and kept until QEMU ends. */
 static struct privmem_vm *privmem_vm;
@@ -332,23 +334,112 @@ static PrivateMemoryInfo *query_region(Object *obj,
     return info;
 }
 
+/*
+ * Lists up to @limit extents from @start on. Each ends behind where it starts,
+ * whatever the guest converts meanwhile, so that pages come to an end, too.
+ */
+static void query_extents(PrivateMemoryInfo *info,
+                          struct privmem_region *region, uint64_t start,
+                          uint32_t limit)
+{
+    PrivateMemoryExtentList **tail = &info->extents;
+    struct privmem_run run;
+
+    info->has_extents = true;
+    info->next = start;
+    while (limit-- && !privmem_region_next_run(region, info->next, &run)) {
+        PrivateMemoryExtent *extent = g_new0(PrivateMemoryExtent, 1);
+
+        extent->offset = run.offset;
+        extent->size = run.size;
+        extent->q_private = run.is_private;
+        QAPI_LIST_APPEND(tail, extent);
+        info->next = run.offset + run.size;
+    }
+    info->has_next = info->next < info->size;
+}
+
+static struct privmem_region *object_region(Object *obj)
+{
+    if (!object_dynamic_cast(obj, TYPE_MEMORY_BACKEND_PRIVATE)) {
+        return NULL;
+    }
+    return host_memory_backend_get_memory(MEMORY_BACKEND(obj))
+        ->ram_block->privmem;
+}
+
+struct Query {
+    uint64_t start;
+    /* 0: no extents are asked for. */
+    uint32_t limit;
+    PrivateMemoryInfoList **tail;
+};
+
 static int query_object(Object *obj, void *opaque)
 {
-    PrivateMemoryInfoList ***tail = opaque;
-    MemoryRegion *mr;
+    struct privmem_region *region = object_region(obj);
+    struct Query *query = opaque;
+    PrivateMemoryInfo *info;
 
-    if (object_dynamic_cast(obj, TYPE_MEMORY_BACKEND_PRIVATE)) {
-        mr = host_memory_backend_get_memory(MEMORY_BACKEND(obj));
-        QAPI_LIST_APPEND(*tail, query_region(obj, mr->ram_block->privmem));
+    if (region) {
+        info = query_region(obj, region);
+        if (query->limit) {
+            query_extents(info, region, query->start, query->limit);
+        }
+        QAPI_LIST_APPEND(query->tail, info);
     }
     return 0;
 }
 
-PrivateMemoryInfoList *qmp_query_private_memory(Error **errp)
+/* The only object that is asked for; NULL where it cannot be listed so. */
+static Object *query_find(const char *id, uint64_t start, Error **errp)
 {
-    PrivateMemoryInfoList *list = NULL, **tail = &list;
+    Object *obj = object_resolve_path_component(object_get_objects_root(), id);
+    struct privmem_region *region = obj ? object_region(obj) : NULL;
+    struct privmem_info now;
 
-    object_child_foreach(object_get_objects_root(), query_object, &tail);
+    if (!region) {
+        error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE " '%s'; "
+                   "leave out 'id' to see all there are", id);
+        return NULL;
+    }
+    /* Fails only for NULL. */
+    privmem_region_info(region, &now, sizeof(now));
+    if (!QEMU_IS_ALIGNED(start, now.granule) || start >= now.size) {
+        error_setg(errp, "'start' is 0x%" PRIx64 ": it must be a multiple of "
+                   "the granule (0x%" PRIx64 ") and less than the size of '%s' "
+                   "(0x%" PRIx64 ")", start, now.granule, id, now.size);
+        return NULL;
+    }
+    return obj;
+}
+
+PrivateMemoryInfoList *qmp_query_private_memory(const char *id, bool has_start,
+                                                uint64_t start, bool has_limit,
+                                                uint32_t limit, Error **errp)
+{
+    PrivateMemoryInfoList *list = NULL;
+    struct Query query = { .start = start, .limit = limit, .tail = &list };
+    Object *obj;
+
+    if (has_limit && (limit < 1 || limit > EXTENTS_MAX)) {
+        error_setg(errp, "'limit' is %" PRIu32 ": it must be from 1 to %d",
+                   limit, EXTENTS_MAX);
+        return NULL;
+    }
+    if (has_start && (!id || !has_limit)) {
+        error_setg(errp, "'start' means nothing without 'id' and 'limit'; add "
+                   "them, or leave it out");
+        return NULL;
+    }
+    if (!id) {
+        object_child_foreach(object_get_objects_root(), query_object, &query);
+        return list;
+    }
+    obj = query_find(id, start, errp);
+    if (obj) {
+        query_object(obj, &query);
+    }
     return list;
 }
 
@@ -362,7 +453,8 @@ static void print_bytes(Monitor *mon, const char *what, bool known,
 
 static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
 {
-    g_autoptr(PrivateMemoryInfoList) list = qmp_query_private_memory(NULL);
+    g_autoptr(PrivateMemoryInfoList) list =
+        qmp_query_private_memory(NULL, false, 0, false, 0, NULL);
 
     if (!list) {
         monitor_printf(mon, "No " TYPE_MEMORY_BACKEND_PRIVATE "\n");

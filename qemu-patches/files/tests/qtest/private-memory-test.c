@@ -128,6 +128,31 @@ static void assert_figure(QTestState *qts, const char *id, const char *name,
     qobject_unref(info);
 }
 
+static QDict *add(QTestState *qts, const char *properties)
+{
+    g_autofree char *command = g_strdup_printf(
+        "{ 'execute': 'object-add', 'arguments': "
+        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s } }",
+        properties);
+
+    return qtest_qmp(qts, command);
+}
+
+/* What is known of 'ram0' with @limit extents from @start on. */
+static QDict *query_page(QTestState *qts, uint64_t start, uint32_t limit)
+{
+    QDict *response = qtest_qmp(qts, "{ 'execute': 'query-private-memory', "
+                                "'arguments': { 'id': 'ram0', 'start': %"
+                                PRIu64 ", 'limit': %u } }", start, limit);
+    QList *list = qdict_get_qlist(response, "return");
+    QDict *info = qobject_to(QDict, qlist_peek(list));
+
+    g_assert_cmpint(qlist_size(list), ==, 1);
+    qobject_ref(info);
+    qobject_unref(response);
+    return info;
+}
+
 static void assert_page(QTestState *qts, uint64_t address, uint8_t value)
 {
     g_autofree uint8_t *page = g_malloc(PAGE);
@@ -170,6 +195,128 @@ static void test_convert(void)
     g_assert_cmpint(strlen(qdict_get_str(info, "picture")), ==, 64);
     g_assert_cmpint(qdict_get_str(info, "picture")[1], ==, '+');
     qobject_unref(info);
+    qtest_quit(qts);
+}
+
+/* Extents come in order and whole, in pages of any size. */
+static void test_extents(void)
+{
+    static const struct {
+        uint64_t offset, size;
+        bool private;
+    } extents[] = {
+        { 0, 1 * MiB, false },
+        { 1 * MiB, PAGE, true },
+        { 1 * MiB + PAGE, 2 * PAGE, false },
+        { 1 * MiB + 3 * PAGE, 3 * MiB - 3 * PAGE, true },
+        { 4 * MiB, RAM_SIZE - 4 * MiB - PAGE, false },
+        { RAM_SIZE - PAGE, PAGE, true },
+    };
+    QTestState *qts = start();
+
+    for (int i = 0; i < ARRAY_SIZE(extents); i++) {
+        convert_ok(qts, extents[i].offset, extents[i].size,
+                   extents[i].private);
+    }
+    for (uint32_t limit = 1; limit <= ARRAY_SIZE(extents) + 1; limit++) {
+        uint64_t next = 0;
+        int at = 0;
+
+        while (at < ARRAY_SIZE(extents)) {
+            QDict *info = query_page(qts, next, limit);
+            QList *list = qdict_get_qlist(info, "extents");
+            QListEntry *entry;
+
+            g_assert_cmpint(qlist_size(list), ==,
+                            MIN(limit, ARRAY_SIZE(extents) - at));
+            QLIST_FOREACH_ENTRY(list, entry) {
+                QDict *extent = qobject_to(QDict, qlist_entry_obj(entry));
+
+                g_assert_cmpint(qdict_get_int(extent, "offset"), ==,
+                                extents[at].offset);
+                g_assert_cmpint(qdict_get_int(extent, "size"), ==,
+                                extents[at].size);
+                g_assert_cmpint(qdict_get_bool(extent, "private"), ==,
+                                extents[at].private);
+                at++;
+            }
+            next = qdict_get_try_int(info, "next", RAM_SIZE);
+            g_assert_cmpint(qdict_haskey(info, "next"), ==,
+                            at < ARRAY_SIZE(extents));
+            qobject_unref(info);
+        }
+        g_assert_cmpint(next, ==, RAM_SIZE);
+    }
+    qtest_quit(qts);
+}
+
+/* A list may start within an extent; without 'id' it is of each backend. */
+static void test_extents_of_some(void)
+{
+    QTestState *qts = start();
+    QDict *info, *extent, *response;
+    QListEntry *entry;
+    int backends = 0;
+
+    convert_ok(qts, 1 * MiB, 4 * PAGE, true);
+    info = query_page(qts, 1 * MiB + PAGE, 1);
+    extent = qobject_to(QDict, qlist_peek(qdict_get_qlist(info, "extents")));
+    g_assert_cmpint(qdict_get_int(extent, "offset"), ==, 1 * MiB + PAGE);
+    g_assert_cmpint(qdict_get_int(extent, "size"), ==, 3 * PAGE);
+    g_assert_cmpint(qdict_get_int(info, "next"), ==, 1 * MiB + 4 * PAGE);
+    qobject_unref(info);
+
+    info = query(qts, "ram0");
+    g_assert_false(qdict_haskey(info, "extents"));
+    g_assert_false(qdict_haskey(info, "next"));
+    qobject_unref(info);
+
+    response = add(qts, "'emulate': true, 'size': 4096");
+    g_assert_true(qdict_haskey(response, "return"));
+    qobject_unref(response);
+    response = qtest_qmp(qts, "{ 'execute': 'query-private-memory', "
+                         "'arguments': { 'limit': 1 } }");
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(response, "return"), entry) {
+        info = qobject_to(QDict, qlist_entry_obj(entry));
+        g_assert_cmpint(qlist_size(qdict_get_qlist(info, "extents")), ==, 1);
+        g_assert_cmpint(qdict_haskey(info, "next"), ==,
+                        !strcmp(qdict_get_str(info, "id"), "ram0"));
+        backends++;
+    }
+    g_assert_cmpint(backends, ==, 2);
+    qobject_unref(response);
+    qtest_quit(qts);
+}
+
+static void test_bad_queries(void)
+{
+    static const struct {
+        const char *arguments, *word;
+    } queries[] = {
+        { "'id': 'ram1'", "'ram1'" },
+        { "'id': 'other', 'limit': 1", "'other'" },
+        { "'limit': 0", "'limit' is 0: it must be from 1 to 65536" },
+        { "'limit': 65537", "'limit' is 65537" },
+        { "'id': 'ram0', 'start': 1, 'limit': 1", "multiple of the granule" },
+        { "'id': 'ram0', 'start': 67108864, 'limit': 1",
+          "less than the size of 'ram0' (0x4000000)" },
+        { "'id': 'ram0', 'start': 18446744073709547520, 'limit': 1",
+          "less than the size" },
+        { "'id': 'ram0', 'start': 4096", "'limit'" },
+        { "'start': 4096, 'limit': 1", "'id'" },
+    };
+    QTestState *qts = start_with(
+        "-machine memory-backend=ram0 "
+        "-object memory-backend-private,id=ram0,size=64M,emulate=on "
+        "-object memory-backend-ram,id=other,size=64M");
+
+    for (int i = 0; i < ARRAY_SIZE(queries); i++) {
+        g_autofree char *command = g_strdup_printf(
+            "{ 'execute': 'query-private-memory', 'arguments': { %s } }",
+            queries[i].arguments);
+
+        assert_error(qtest_qmp(qts, command), queries[i].word, NULL);
+    }
     qtest_quit(qts);
 }
 
@@ -231,16 +378,6 @@ static void test_bad_conversions(void)
     assert_figure(qts, "ram0", "private", 0);
     assert_figure(qts, "ram0", "failed-conversions", 1);
     qtest_quit(qts);
-}
-
-static QDict *add(QTestState *qts, const char *properties)
-{
-    g_autofree char *command = g_strdup_printf(
-        "{ 'execute': 'object-add', 'arguments': "
-        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s } }",
-        properties);
-
-    return qtest_qmp(qts, command);
 }
 
 static void test_bad_objects(void)
@@ -893,6 +1030,9 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     write_firmware();
     qtest_add_func("/private-memory/convert", test_convert);
+    qtest_add_func("/private-memory/extents", test_extents);
+    qtest_add_func("/private-memory/extents-of-some", test_extents_of_some);
+    qtest_add_func("/private-memory/bad-queries", test_bad_queries);
     qtest_add_func("/private-memory/held", test_held);
     qtest_add_func("/private-memory/bad-conversions", test_bad_conversions);
     qtest_add_func("/private-memory/bad-objects", test_bad_objects);

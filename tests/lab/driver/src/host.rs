@@ -179,6 +179,78 @@ pub fn fds_of(pid: u32) -> Result<Vec<u64>> {
     Ok(fds)
 }
 
+/// A figure of a NUMA node in bytes, as /sys/devices/system/node/nodeN/meminfo names it. FilePages
+/// counts the pages of memfds and guest_memfds alike. The kernel adds up what each CPU counted only
+/// now and then: expect figures to be some 100 KiB behind.
+pub fn node_bytes(node: u32, figure: &str) -> Result<u64> {
+    let path = format!("/sys/devices/system/node/node{node}/meminfo");
+    let text = fs::read_to_string(&path).context(path.clone())?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.split_once(&format!(" {figure}:")))
+        .and_then(|(_, value)| value.trim().strip_suffix(" kB"))
+        .with_context(|| format!("no {figure} in {path}"))?;
+    Ok(kib.parse::<u64>()? << 10)
+}
+
+/// Does `work` with memory of one node only, as far as this thread asks for it.
+pub fn on_node<T>(node: u32, work: impl FnOnce() -> T) -> Result<T> {
+    set_memory_policy(libc::MPOL_BIND, 1 << node)?;
+    let done = work();
+    set_memory_policy(libc::MPOL_DEFAULT, 0)?;
+    Ok(done)
+}
+
+fn set_memory_policy(mode: i32, nodes: u64) -> Result<()> {
+    let mask = if nodes == 0 { std::ptr::null() } else { &nodes };
+    // The kernel takes one bit less than it is told.
+    let bits = libc::c_ulong::from(u64::BITS + 1);
+    // SAFETY: the mask is null or has the bits that are announced.
+    if unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, bits) } < 0 {
+        bail!("set_mempolicy: {}", std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Huge pages of 2 MiB set aside for hugetlb; given back on drop, once nobody uses them.
+pub struct HugePages;
+
+impl HugePages {
+    /// Makes the pool this large; an error where memory is too fragmented for it.
+    pub fn reserve(count: u64) -> Result<HugePages> {
+        let pool = HugePages;
+        write_file(&HugePages::file("nr_hugepages"), count)?;
+        let got = read_number(&HugePages::file("nr_hugepages"))?;
+        ensure!(got == count, "only {got} of {count} huge pages to be had");
+        Ok(pool)
+    }
+
+    /// How many of them nobody uses.
+    pub fn free(&self) -> Result<u64> {
+        read_number(&HugePages::file("free_hugepages"))
+    }
+
+    fn file(name: &str) -> String {
+        format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}")
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // The next one that reserves some checks what it gets.
+        let _ = write_file(&HugePages::file("nr_hugepages"), 0);
+    }
+}
+
+fn read_number(path: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).context(path.to_string())?;
+    text.trim().parse().context(path.to_string())
+}
+
+fn write_file(path: &str, value: impl fmt::Display) -> Result<()> {
+    fs::write(path, value.to_string()).context(path.to_string())
+}
+
 /// A resource limit of another process, put back on drop.
 pub struct Limit {
     pid: libc::pid_t,

@@ -66,6 +66,8 @@ pub fn all() -> Vec<Scenario> {
     });
     let mut list = vec![
         Scenario::plain("capabilities", capabilities),
+        Scenario::plain("two-nodes", two_nodes),
+        Scenario::plain("huge-pages", huge_pages),
         Scenario::plain("ordinary-machine", ordinary_machine),
         Scenario::new("smm-unspecified", smm_unspecified),
         Scenario::new("guest-converts", guest_converts),
@@ -128,6 +130,32 @@ fn capabilities(lab: &Lab) -> Result<()> {
         lab.kvm
     );
     Ok(())
+}
+
+/// What tests of memory policies need: two nodes with memory, and counts that tell them apart.
+fn two_nodes(_: &Lab) -> Result<()> {
+    const FILE: &str = "/tmp/on-one-node";
+    const SIZE: u64 = 16 << 20;
+    for (node, least) in [(0, 1024 << 20), (1, 384 << 20)] {
+        let total = host::node_bytes(node, "MemTotal")?;
+        ensure!(total >= least, "node {node} has {total} bytes of memory");
+    }
+    for node in [1, 0] {
+        let before = host::node_bytes(node, "FilePages")?;
+        host::on_node(node, || fs::write(FILE, vec![1; SIZE as usize]))??;
+        let taken = host::node_bytes(node, "FilePages")?.saturating_sub(before);
+        fs::remove_file(FILE)?;
+        ensure!(
+            taken.abs_diff(SIZE) < SIZE / 16,
+            "a file of {SIZE} bytes on node {node} took {taken} bytes there"
+        );
+    }
+    Ok(())
+}
+
+fn huge_pages(_: &Lab) -> Result<()> {
+    let pool = host::HugePages::reserve(16)?;
+    same("free huge pages", pool.free()?, 16)
 }
 
 /// The patched QEMU without any private memory, for comparison: it must work as ever.
