@@ -47,6 +47,12 @@ const MEMORY: &[&str] = &[
     "cpu,node-id=0,socket-id=0",
 ];
 
+/// Our own guest, and how it is built for RAM that is private at first.
+const GUESTS: &[(&str, &[&str])] = &[
+    ("guest.bin", &[]),
+    ("guest-private.bin", &["-DSTART_PRIVATE"]),
+];
+
 /// Images of a line that were not used for so long are removed.
 const KEEP_IMAGES: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -333,7 +339,13 @@ fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Resul
     for name in FIRMWARE {
         add(&mut host, format!("/firmware/{name}"), &firmware.join(name));
     }
-    add(&mut host, "/guest/guest.bin", &own_guest(cx)?);
+    for (name, flags) in GUESTS {
+        add(
+            &mut host,
+            format!("/guest/{name}"),
+            &own_guest(cx, name, flags)?,
+        );
+    }
     add(&mut host, "/guest/vmlinux", &kernel.vmlinux);
 
     let key = key(&[&host, &guest])?;
@@ -404,11 +416,11 @@ fn libraries(listing: &str) -> impl Iterator<Item = &str> {
 }
 
 /// The guest of our own, built where the sources say how.
-fn own_guest(cx: &Context) -> Result<PathBuf> {
+fn own_guest(cx: &Context, name: &str, flags: &[&str]) -> Result<PathBuf> {
     let source = cx.root.join("tests/lab/guest");
-    let guest = cx.cache.dir("guest")?.join("guest.bin");
+    let guest = cx.cache.dir("guest")?.join(name);
     let mut build = Command::new("sh");
-    build.arg(source.join("build.sh")).arg(&guest);
+    build.arg(source.join("build.sh")).arg(&guest).args(flags);
     run::ask(&mut build).context("the lab's guest does not build")?;
     Ok(guest)
 }

@@ -65,6 +65,9 @@ enum Command {
         /// Run only the suites of this QEMU line, and those of none
         #[arg(long)]
         line: Option<Line>,
+        /// Run only these of the lab's tests (may be repeated)
+        #[arg(long, value_name = "NAME", value_delimiter = ',')]
+        lab_test: Vec<String>,
     },
     /// Boot the lab with a shell on this terminal, or run a command in it
     Lab {
@@ -162,7 +165,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
     let cx = Context::new(cli.refresh)?;
     match cli.command {
         Command::Demo { json, boot } => demo::run(&cx, boot.line, boot.limit(), json),
-        Command::Test { suite, line } => Ok(suites::run(&cx, &suite, line)),
+        Command::Test {
+            suite,
+            line,
+            lab_test,
+        } => Ok(suites::run(&cx, &suite, line, &lab_test)),
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {
             lab::command(&cx, boot.line, boot.limit(), &command.join(" "))

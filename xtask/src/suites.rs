@@ -68,7 +68,7 @@ impl Suite {
         value.map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    fn run(self, cx: &Context) -> Result<Tally> {
+    fn run(self, cx: &Context, lab_tests: &[String]) -> Result<Tally> {
         match self {
             Self::Header => header_suite(cx),
             Self::Symbols => symbols::suite(cx),
@@ -79,8 +79,8 @@ impl Suite {
             Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
             Self::Qtest10_2 => qtests(cx, Line::V10_2),
             Self::Qtest10_0 => qtests(cx, Line::V10_0),
-            Self::Lab10_2 => lab(cx, Line::V10_2),
-            Self::Lab10_0 => lab(cx, Line::V10_0),
+            Self::Lab10_2 => lab(cx, Line::V10_2, lab_tests),
+            Self::Lab10_0 => lab(cx, Line::V10_0, lab_tests),
         }
     }
 }
@@ -141,7 +141,7 @@ impl Tally {
     }
 }
 
-pub fn run(cx: &Context, only: &[Suite], line: Option<Line>) -> ExitCode {
+pub fn run(cx: &Context, only: &[Suite], line: Option<Line>, lab_tests: &[String]) -> ExitCode {
     let mut total = Tally::default();
     let mut sources = Sources::default();
     for suite in Suite::value_variants() {
@@ -153,7 +153,7 @@ pub fn run(cx: &Context, only: &[Suite], line: Option<Line>) -> ExitCode {
             continue;
         }
         let started = Instant::now();
-        let result = suite.run(cx);
+        let result = suite.run(cx, lab_tests);
         sources.note(*suite, &result);
         let tally = settled(result);
         report(*suite, &tally, started.elapsed());
@@ -443,12 +443,16 @@ fn unnumbered(name: &str) -> &str {
     name.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ')
 }
 
-fn lab(cx: &Context, line: Line) -> Result<Tally> {
+fn lab(cx: &Context, line: Line, tests: &[String]) -> Result<Tally> {
     let lab = Lab::prepare(cx, Some(line))?;
     let label = format!("lab {line}");
     let mut tally = Tally::default();
     let mut progress = run::Progress::start(&label);
-    let boot = lab.boot(cx, "test", "lab.run=all", LAB_LIMIT, |event| match event {
+    let tests = match tests {
+        [] => "lab.run=all".to_owned(),
+        some => format!("lab.run={}", some.join(",")),
+    };
+    let boot = lab.boot(cx, "test", &tests, LAB_LIMIT, |event| match event {
         Event::Log(line) => progress.tick(&line),
         Event::Error(error) => tally.failed.push(error),
         Event::Test(test) => {

@@ -219,16 +219,15 @@ int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length)
     return ret;
 }
 
-void *private_memory_place(hwaddr gpa, hwaddr *len)
+void *private_memory_place(AddressSpace *as, hwaddr addr, hwaddr *len)
 {
-    MemoryRegionSection section = memory_region_find(get_system_memory(), gpa,
-                                                     *len);
+    MemoryRegionSection section = memory_region_find(as->root, addr, *len);
 
     if (!section.mr) {
         return NULL;
     }
     if (!memory_region_is_private_capable(section.mr) ||
-        section.offset_within_address_space != gpa) {
+        section.offset_within_address_space != addr) {
         memory_region_unref(section.mr);
         return NULL;
     }

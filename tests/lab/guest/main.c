@@ -14,6 +14,8 @@
  *   shadow                               run from a copy of the ROM in RAM    -> ok
  *   pam REGISTER VALUE                   q35: what 768 KiB to 1 MiB leads to  -> ok
  *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
+ *   inflate ADDR PAGES                   gives pages to the virtio balloon    -> ok
+ *   report ADDR PAGES                    reports them to it as free           -> ok
  *   exit STATUS                          leave through isa-debug-exit
  */
 #include <stdbool.h>
@@ -732,6 +734,87 @@ static void remap(u64 base, u64 pages, u64 count, u64 seed)
 	churn_report("remap", &churns[0], &churns[1]);
 }
 
+/* ---- a legacy virtio balloon in slot 4, the simplest of its kind ---- */
+
+enum {
+	BALLOON_CONFIG = 0x80002000,	/* bus 0, device 4 */
+	BALLOON_PORT = 0xc000,
+	BALLOON_MAX = 64,
+	QUEUE_INFLATE = 0,
+	QUEUE_REPORT = 3,
+	QUEUE_MAX = 128,
+	FEATURE_REPORTING = 1 << 5,
+	DESCRIPTOR_WRITE = 2,
+};
+
+static struct {
+	struct {
+		u64 address;
+		u32 length;
+		u16 flags, next;
+	} descriptors[QUEUE_MAX];
+	u8 rest[2 * PAGE];
+} __attribute__((aligned(4096))) queue;
+
+static u32 balloon_pages[BALLOON_MAX];
+
+static inline void outw(u16 port, u16 value)
+{
+	asm volatile("outw %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline u16 inw(u16 port)
+{
+	u16 value;
+
+	asm volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+static void balloon_start(u16 number)
+{
+	outl(PCI_ADDRESS, BALLOON_CONFIG | 0x10);
+	outl(PCI_DATA, BALLOON_PORT);
+	outl(PCI_ADDRESS, BALLOON_CONFIG | 4);
+	outw(PCI_DATA, 5);			/* I/O space, bus master */
+	outb(BALLOON_PORT + 0x12, 0);
+	outb(BALLOON_PORT + 0x12, 3);
+	outl(BALLOON_PORT + 4, FEATURE_REPORTING);
+	outw(BALLOON_PORT + 0xe, number);
+	memset(&queue, 0, sizeof(queue));
+	outl(BALLOON_PORT + 8, (u64)&queue / PAGE);
+	outb(BALLOON_PORT + 0x12, 7);
+}
+
+/* Hands over one buffer, and waits until it is used. */
+static void balloon_send(u16 number, u64 address, u32 length, u16 flags)
+{
+	u16 size;
+	volatile u16 *avail, *used;
+
+	balloon_start(number);
+	size = inw(BALLOON_PORT + 0xc);
+	avail = (u16 *)&queue.descriptors[size];
+	used = (u16 *)(((u64)(avail + 3 + size) + PAGE - 1) & ~(u64)(PAGE - 1));
+	queue.descriptors[0].address = address;
+	queue.descriptors[0].length = length;
+	queue.descriptors[0].flags = flags;
+	barrier();
+	avail[1] = 1;
+	barrier();
+	outw(BALLOON_PORT + 0x10, number);
+	while (!used[1])		/* the driver's deadline ends this if it never comes */
+		asm volatile("pause" : : : "memory");
+	put("ok\n");
+}
+
+static void inflate(u64 addr, u64 pages)
+{
+	for (u64 i = 0; i < pages && i < BALLOON_MAX; i++)
+		balloon_pages[i] = addr / PAGE + i;
+	balloon_send(QUEUE_INFLATE, (u64)balloon_pages, pages * 4, 0);
+}
+
 /* ---- commands ---- */
 
 static bool same(const char *a, const char *b)
@@ -796,7 +879,11 @@ static bool obey(char *word[], int n)
 
 	for (int i = 1; i < n && i <= 4; i++)
 		a[i - 1] = number(word[i]);
-	if (n == 4 && same(word[0], "fill")) {
+	if (n == 3 && same(word[0], "inflate") && a[1] <= BALLOON_MAX) {
+		inflate(a[0], a[1]);
+	} else if (n == 3 && same(word[0], "report")) {
+		balloon_send(QUEUE_REPORT, a[0], a[1] * PAGE, DESCRIPTOR_WRITE);
+	} else if (n == 4 && same(word[0], "fill")) {
 		fill(a[0], a[1], a[2]);
 		put("ok\n");
 	} else if (n == 4 && same(word[0], "check")) {

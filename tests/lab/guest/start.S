@@ -31,6 +31,22 @@ entry32:
 	testl	$0x100, %eax
 	jz	long_mode
 
+#ifdef START_PRIVATE
+	/* Share low RAM before it is touched. KVM puts VMCALL or VMMCALL right
+	 * where it is the other one's, but not in ROM. */
+	xorl	%eax, %eax
+	cpuid
+	cmpl	$0x756e6547, %ebx	/* "Genu" */
+	movl	$12, %eax		/* KVM_HC_MAP_GPA_RANGE */
+	movl	$0, %ebx
+	movl	$128, %ecx
+	movl	$0, %edx		/* shared, pages of 4 KiB */
+	je	1f
+	vmmcall
+	jmp	2f
+1:	vmcall
+2:
+#endif
 	movl	$boot_stack_top, %esp
 	movl	$__bss_start, %edi
 	movl	$__bss_end, %ecx

@@ -75,11 +75,11 @@ bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
 bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp);
 
 /*
- * Where *@len bytes of private-capable memory at @gpa, or as many as are in one
- * piece, lie in QEMU, for who discards them: not to be touched. NULL for other
- * memory; holds a reference to the MemoryRegion otherwise.
+ * Where *@len bytes of private-capable memory at @addr of @as, or as many as
+ * are in one piece, lie in QEMU, for who discards them: not to be touched. NULL
+ * for other memory; holds a reference to the MemoryRegion otherwise.
  */
-void *private_memory_place(hwaddr gpa, hwaddr *len);
+void *private_memory_place(AddressSpace *as, hwaddr addr, hwaddr *len);
 
 /* Drops translated code of @len bytes of @mr at @offset. In physmem.c. */
 void memory_region_invalidate_code(MemoryRegion *mr, hwaddr offset, hwaddr len);
@@ -123,7 +123,8 @@ static inline bool private_memory_host_access(MemoryRegion *mr, hwaddr offset,
     return true;
 }
 
-static inline void *private_memory_place(hwaddr gpa, hwaddr *len)
+static inline void *private_memory_place(AddressSpace *as, hwaddr addr,
+                                         hwaddr *len)
 {
     return NULL;
 }

@@ -219,10 +219,15 @@ impl HugePages {
     /// Makes the pool this large; an error where memory is too fragmented for it.
     pub fn reserve(count: u64) -> Result<HugePages> {
         let pool = HugePages;
+        pool.resize(count)?;
+        Ok(pool)
+    }
+
+    pub fn resize(&self, count: u64) -> Result<()> {
         write_file(&HugePages::file("nr_hugepages"), count)?;
         let got = read_number(&HugePages::file("nr_hugepages"))?;
         ensure!(got == count, "only {got} of {count} huge pages to be had");
-        Ok(pool)
+        Ok(())
     }
 
     /// How many of them nobody uses.

@@ -8,9 +8,11 @@
 //!
 //! Results go to the console as lines `@lab {json}`; all other lines are a log for people.
 
+mod access;
 mod demo;
 mod host;
 mod machine;
+mod properties;
 mod qmp;
 mod refusals;
 mod scenarios;

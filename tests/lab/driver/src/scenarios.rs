@@ -16,7 +16,7 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, demo, host};
+use crate::{Lab, access, demo, host, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -34,7 +34,7 @@ enum Test {
 }
 
 impl Scenario {
-    const fn new(name: &'static str, function: Function) -> Scenario {
+    pub const fn new(name: &'static str, function: Function) -> Scenario {
         Scenario {
             name,
             needs_private: true,
@@ -96,20 +96,22 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("object-too-large", object_too_large),
         Scenario::new("linux-guest", linux_guest),
     ];
+    list.extend(access::all());
+    list.extend(properties::all());
     list.extend(refusals);
     list.push(Scenario::new("demo", demo::run));
     list
 }
 
 /// Where the tests convert: far from the guest's own data, inside every machine's memory.
-const BASE: u64 = 32 << 20;
-const RAM: u64 = 256 << 20;
+pub const BASE: u64 = 32 << 20;
+pub const RAM: u64 = 256 << 20;
 const ROM: u64 = 0xffff_0000;
 const ROM_ALIAS: u64 = 0xf_0000;
 const LAPIC: u64 = 0xfee0_0000;
 const HOLE: u64 = 1 << 30;
 
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Result<()> {
+pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Result<()> {
     ensure!(
         found == expected,
         "{what}: expected {expected:?}, found {found:?}"
@@ -118,7 +120,7 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -> Re
 }
 
 /// What `region` says is what must be held: nothing twice, private pages all touched.
-fn same_held(info: &PrivateMemory, private_held: u64) -> Result<()> {
+pub fn same_held(info: &PrivateMemory, private_held: u64) -> Result<()> {
     same("private-held", info.private_held, Some(private_held))?;
     same("held-twice", info.held_twice, Some(0))
 }
