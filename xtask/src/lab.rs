@@ -333,6 +333,7 @@ fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Resul
     for name in FIRMWARE {
         add(&mut host, format!("/firmware/{name}"), &firmware.join(name));
     }
+    add_program(&mut host, "/tests/conformance", &library::conformance(cx)?)?;
     add(&mut host, "/guest/guest.bin", &own_guest(cx)?);
     add(&mut host, "/guest/vmlinux", &kernel.vmlinux);
 
