@@ -101,7 +101,7 @@ fn run_conformance(lab: &Lab, name: &str) {
         Ok(None) => verdict(name, "ok", ""),
         // Here is all that a test may ask for.
         Ok(Some(why)) if lab.kvm.has_private_memory() => {
-            let why = format!("it skipped itself ({why}), although there is {}", lab.kvm);
+            let why = format!("it skipped itself: {why}; there are {}", lab.kvm);
             verdict(name, "failed", &why);
         }
         Ok(Some(why)) => verdict(name, "skipped", &why),
