@@ -18,7 +18,9 @@ fn granules(first: u64, count: u64) -> Range {
 }
 
 fn memfd(granules: u64) -> File {
-    let fd = Linux.create_memfd(c"test", granules * GRANULE).unwrap();
+    let fd = Linux
+        .create_memfd(c"test", granules * GRANULE, None)
+        .unwrap();
     File::from(fd)
 }
 
@@ -52,7 +54,7 @@ fn a_store_keeps_its_size() {
     }
     assert_eq!(file.metadata().unwrap().len(), 4 * GRANULE);
     assert_eq!(
-        errno(Linux.create_memfd(c"test", 1 << 63)),
+        errno(Linux.create_memfd(c"test", 1 << 63, None)),
         Some(libc::EFBIG)
     );
 }

@@ -252,6 +252,12 @@ impl Model {
         self.pages.lock().unwrap().page(fd, granule);
     }
 
+    /// As [`Model::touch`], and leaves something there.
+    pub fn write_store(&self, region: &Region, side: Side, granule: u64, value: u8) {
+        let fd = region.store(side).fd().as_raw_fd();
+        *self.pages.lock().unwrap().page(fd, granule) = value;
+    }
+
     fn call(&self) -> io::Result<()> {
         let mut fail = self.fail.lock().unwrap();
         let number = fail.1;

@@ -1,7 +1,9 @@
 //! What an agent must bring to be tested, and what rules are written with.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use privmem::{GRANULE, Options, Region, Side, Vm};
@@ -39,6 +41,15 @@ pub trait Machine {
 
     /// From here on, memory that the guest reaches is freed on purpose.
     fn expect_discards(&mut self) {}
+
+    /// A device fills a granule of the shared store, past the VMM: vhost, or
+    /// DMA that was under way when the granule changed its side.
+    fn device_write(&mut self, region: &Region, granule: u64, value: u8) {
+        let fd = region.store(Side::Shared).fd().try_clone_to_owned();
+        let page = [value; GRANULE as usize];
+        let file = File::from(fd.unwrap());
+        file.write_all_at(&page, granule * GRANULE).unwrap();
+    }
 
     /// Fails the test if a rule was broken that only this machine can see.
     fn check(&self) {}
@@ -140,6 +151,10 @@ impl Guest {
 
     pub fn read(&mut self, granule: u64) -> u8 {
         self.machine.read(granule)
+    }
+
+    pub fn device_write(&mut self, region: &Region, granule: u64, value: u8) {
+        self.machine.device_write(region, granule, value);
     }
 
     /// The guest writes something of its own, never zero, into each granule.

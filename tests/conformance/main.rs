@@ -21,6 +21,7 @@ macro_rules! conformance_tests {
             rules::neighbours_keep_contents,
             rules::what_is_so_already_stays,
             rules::sides_do_not_show_through,
+            rules::what_a_device_writes_late_does_not_come_up,
             rules::memory_is_held_on_one_side,
             rules::one_request_over_bindings_and_regions,
             rules::what_is_not_bound_is_shared_already,

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use privmem::Vm;
+use privmem::{Region, Side, Vm};
 
 use crate::common::Model;
 use crate::machine::{Machine, Slot};
@@ -50,6 +50,11 @@ impl Machine for OnModel {
 
     fn expect_discards(&mut self) {
         self.kernel.discards.store(true, Ordering::Relaxed);
+    }
+
+    fn device_write(&mut self, region: &Region, granule: u64, value: u8) {
+        self.kernel
+            .write_store(region, Side::Shared, granule, value);
     }
 
     fn check(&self) {

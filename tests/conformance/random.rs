@@ -10,8 +10,8 @@ use privmem::{GRANULE, Region, Side};
 use crate::machine::{Guest, assert_if_known, picture};
 
 const STEPS: u64 = 300;
-/// Guest-physical granules, of which the last are not bound.
-const GRANULES: u64 = 150;
+/// Guest-physical granules, some of which are not bound.
+const GRANULES: u64 = 160;
 
 /// A granule: its side, and what the pages of the two sides hold, if anything.
 #[derive(Clone, Copy)]
@@ -54,7 +54,8 @@ struct Stretch {
     gpa: u64,
 }
 
-/// Two regions, one of them in two stretches in another order; then nothing.
+/// Two regions, one of them in two stretches in another order, with a hole
+/// between; then nothing.
 const LAYOUT: [Stretch; 3] = [
     Stretch {
         region: 0,
@@ -69,7 +70,7 @@ const LAYOUT: [Stretch; 3] = [
     Stretch {
         region: 1,
         granules: 0..40,
-        gpa: 96,
+        gpa: 110,
     },
 ];
 

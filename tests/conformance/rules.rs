@@ -64,6 +64,18 @@ pub fn sides_do_not_show_through(guest: &mut Guest) {
     }
 }
 
+pub fn what_a_device_writes_late_does_not_come_up(guest: &mut Guest) {
+    let ram = guest.ram(8);
+    guest.convert(2..4, Private).unwrap();
+    guest.fill(2..4, 1);
+    guest.device_write(&ram, 2, 0xdd);
+    assert_if_known(ram.info().held_twice, GRANULE);
+    guest.assert_filled(2..4, 1);
+    guest.convert(2..4, Shared).unwrap();
+    assert_if_known(ram.info().shared_held, 0);
+    guest.assert_zero(2..4);
+}
+
 pub fn memory_is_held_on_one_side(guest: &mut Guest) {
     let ram = guest.ram(64);
     let held = || {
@@ -109,20 +121,25 @@ pub fn one_request_over_bindings_and_regions(guest: &mut Guest) {
 }
 
 pub fn what_is_not_bound_is_shared_already(guest: &mut Guest) {
-    let ram = guest.ram(8);
+    let (ram, more) = (guest.ram(8), guest.region(4));
+    guest.bind(&more, 0..4, 12);
     guest.fill(0..8, 1);
-    let requests = [8..9, 6..10, 1 << 40..(1 << 40) + 1, 0..1 << 50];
+    guest.fill(12..16, 1);
+    // Beyond, across an end, across a hole, far away, and very much.
+    let requests = [8..9, 6..10, 6..14, 1 << 40..(1 << 40) + 1, 0..1 << 50];
     for request in requests.clone() {
         let result = guest.convert(request, Private);
         assert!(matches!(result, Err(Error::NotPrivateCapable { .. })));
         assert_eq!(picture(&ram), "........");
+        assert_eq!(picture(&more), "....");
     }
     for request in requests {
         guest.convert(request, Shared).unwrap();
     }
     guest.assert_filled(0..8, 1);
+    guest.assert_filled(12..16, 1);
     let info = ram.info();
-    assert_eq!((info.conversions, info.failed_conversions), (2, 2));
+    assert_eq!((info.conversions, info.failed_conversions), (3, 3));
 }
 
 pub fn state_and_contents_follow_the_region(guest: &mut Guest) {
@@ -165,6 +182,7 @@ pub fn reset_makes_all_shared(guest: &mut Guest) {
         guest.assert_zero(granule..granule + 1);
         guest.assert_filled(granule + 1..granule + 2, 1);
     }
+    assert_if_known(ram.info().private_held, 0);
 }
 
 pub fn what_begins_private_returns_to_that(guest: &mut Guest) {

@@ -346,6 +346,7 @@ fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Resul
             &own_guest(cx, name, flags)?,
         );
     }
+    add_program(&mut host, "/tests/conformance", &library::conformance(cx)?)?;
     add(&mut host, "/guest/vmlinux", &kernel.vmlinux);
 
     let key = key(&[&host, &guest])?;

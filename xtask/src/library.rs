@@ -1,5 +1,6 @@
 //! Building our own crates for use outside cargo: libprivmem.a with its header
-//! and pkg-config file where QEMU's build finds them, and the lab's driver.
+//! and pkg-config file where QEMU's build finds them, the lab's driver and the
+//! tests that run there.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -69,6 +70,16 @@ pub fn build(cx: &Context) -> Result<PathBuf> {
 pub fn driver(cx: &Context) -> Result<PathBuf> {
     let files = artifacts(cx, "the lab's driver", &["-p", "lab-driver", "--bins"])?;
     named(files, "lab-driver")
+}
+
+/// Builds the library's conformance suite, for the lab's kernel.
+pub fn conformance(cx: &Context) -> Result<PathBuf> {
+    let mut command = cargo(cx);
+    command.args(["build", "--release", "-p", "privmem"]);
+    command.args(["--test", "conformance"]);
+    let made = run::work("build the conformance suite", || programs(command))?;
+    let program = made.into_iter().next();
+    program.context("cargo made no conformance suite")
 }
 
 /// A cargo command in the project.

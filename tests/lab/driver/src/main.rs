@@ -1,7 +1,8 @@
 //! PID 1 of the lab's outer machine. Owns the way from the kernel command line to power off;
-//! what is tested lives in `scenarios` and `demo`, QEMU is handled by `machine` and `qmp`.
+//! what is tested lives in `scenarios`, `demo` and `conformance`, QEMU is handled by `machine`
+//! and `qmp`.
 //!
-//! `lab.run=all|demo|NAME,..`  run scenarios (`lab.line=10.2` picks the QEMU)
+//! `lab.run=all|demo|NAME,..`  run scenarios and conformance tests (`lab.line=10.2` picks the QEMU)
 //! `lab.cmd=BASE64`            run a shell command
 //! `lab.shell`                 a shell on the console
 //! `lab.role=guest`            be the plain Linux guest
@@ -9,6 +10,7 @@
 //! Results go to the console as lines `@lab {json}`; all other lines are a log for people.
 
 mod access;
+mod conformance;
 mod demo;
 mod host;
 mod machine;
@@ -60,7 +62,7 @@ fn run() -> Result<()> {
     } else if option("shell").is_some() {
         host::run_shell()?;
     } else if let Some(names) = option("run") {
-        run_scenarios(&names, option("line"))?;
+        run_tests(&names, option("line"))?;
     } else {
         bail!("no lab.run=, lab.cmd=, lab.shell or lab.role= on the kernel command line");
     }
@@ -68,26 +70,45 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-fn run_scenarios(names: &str, line: Option<String>) -> Result<()> {
+fn run_tests(names: &str, line: Option<String>) -> Result<()> {
     let lab = Lab {
         line: line.unwrap_or_else(|| "10.2".into()),
         kernel: host::kernel(),
         kvm: host::Kvm::probe()?,
     };
     println!("kernel {}, {}", lab.kernel, lab.kvm);
-    let known = scenarios::all();
+    let scenarios = scenarios::all();
     for name in names.split(',').filter(|name| *name != "all") {
-        match known.iter().find(|scenario| scenario.name == name) {
-            Some(scenario) => run_scenario(&lab, scenario),
-            None => verdict(name, "failed", "there is no such scenario"),
+        if name.contains("::") {
+            run_conformance(&lab, name);
+        } else if let Some(scenario) = scenarios.iter().find(|scenario| scenario.name == name) {
+            run_scenario(&lab, scenario);
+        } else {
+            verdict(name, "failed", "there is no such test");
         }
     }
     if names.split(',').any(|name| name == "all") {
-        known
+        scenarios
             .iter()
             .for_each(|scenario| run_scenario(&lab, scenario));
+        conformance::all()?
+            .iter()
+            .for_each(|name| run_conformance(&lab, name));
     }
     Ok(())
+}
+
+fn run_conformance(lab: &Lab, name: &str) {
+    match conformance::run(name) {
+        Ok(None) => verdict(name, "ok", ""),
+        // Here is all that a test may ask for.
+        Ok(Some(why)) if lab.kvm.has_private_memory() => {
+            let why = format!("it skipped itself: {why}; there are {}", lab.kvm);
+            verdict(name, "failed", &why);
+        }
+        Ok(Some(why)) => verdict(name, "skipped", &why),
+        Err(e) => verdict(name, "failed", &format!("{e:#}")),
+    }
 }
 
 fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
