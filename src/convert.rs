@@ -17,8 +17,9 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
+use crate::agent::{InitialPages, PageType};
 use crate::error::{Error, Result};
-use crate::range::Range;
+use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeGuard;
 use crate::region::Region;
 use crate::state::Side;
@@ -73,6 +74,20 @@ impl<'a> Segment<'a> {
         self.region.allocate(side, self.offsets)
     }
 
+    /// Asks the agent, who knows memory by where the guest sees it.
+    fn before(&self, to: Side) -> Result<()> {
+        match self.gpa {
+            Some(gpa) => self.region.vm.agent.before_convert(gpa, to),
+            None => Ok(()),
+        }
+    }
+
+    fn after(&self, side: Side) {
+        if let Some(gpa) = self.gpa {
+            self.region.vm.agent.after_convert(gpa, side);
+        }
+    }
+
     fn discard(&self) {
         self.region.listeners.discard(self.offsets);
     }
@@ -115,6 +130,66 @@ impl Vm {
         };
         count(&segments, end, result.is_ok());
         result.map(|_| end - request.start())
+    }
+
+    /// Gives the bytes at guest-physical `gpa` their initial contents, before
+    /// the guest runs: as many as `size`, from `source`, which has as many, at
+    /// a multiple of the granule; none for [`PageType::Zero`]. All of the range
+    /// must be bound; what is not private becomes so first.
+    ///
+    /// On failure the pages before the one that the error names are done, and
+    /// part of the measurement: the guest cannot be started.
+    pub fn populate(
+        &self,
+        gpa: u64,
+        size: u64,
+        source: Option<&mut [u8]>,
+        page_type: PageType,
+    ) -> Result<()> {
+        let request = Range::new(gpa, size)?;
+        check_source(source.as_deref(), request, page_type)?;
+        self.check_not_finalized()?;
+        loop {
+            let mut done = 0;
+            while done < size {
+                done += self.convert(gpa + done, size - done, Side::Private)?;
+            }
+            let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+            let segments = resolve(&bindings, request);
+            check_covered(&segments, request, Side::Private)?;
+            let _guards = lock(&segments);
+            // An operator may have been in between.
+            if changes(&segments, Side::Private).next().is_none() {
+                return self.populate_segments(&segments, source, page_type);
+            }
+        }
+    }
+
+    fn populate_segments(
+        &self,
+        segments: &[Segment],
+        mut source: Option<&mut [u8]>,
+        page_type: PageType,
+    ) -> Result<()> {
+        for segment in segments {
+            let Some(gpa) = segment.gpa else { continue };
+            for piece in gpa.pieces(PIECE) {
+                let bytes = source.as_mut().map(|rest| {
+                    let (bytes, after) = std::mem::take(rest).split_at_mut(piece.len() as usize);
+                    *rest = after;
+                    bytes
+                });
+                self.agent.populate(InitialPages {
+                    kernel: self.kernel.as_ref(),
+                    gpa: piece,
+                    store: segment.region.store(Side::Private),
+                    offsets: piece.rebase(gpa.start(), segment.offsets.start()),
+                    source: bytes,
+                    page_type,
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts all of a region on one side, whether the guest sees it or not.
@@ -181,6 +256,30 @@ impl Vm {
     }
 }
 
+fn check_source(source: Option<&[u8]>, request: Range, page_type: PageType) -> Result<()> {
+    let expected = if page_type == PageType::Zero {
+        None
+    } else {
+        Some(request.len())
+    };
+    if source.map(|bytes| bytes.len() as u64) != expected {
+        let text = match expected {
+            None => "pages of type ZERO have no source".to_owned(),
+            Some(size) => format!("the source must have {size:#x} bytes"),
+        };
+        return Err(Error::InvalidArgument(text));
+    }
+    let address = source.map_or(0, |bytes| bytes.as_ptr() as u64);
+    if !address.is_multiple_of(GRANULE) {
+        let what = "address of the source";
+        return Err(Error::Unaligned {
+            what,
+            value: address,
+        });
+    }
+    Ok(())
+}
+
 /// The parts of `request` that are bound, in order of guest-physical address.
 fn resolve(bindings: &BTreeMap<u64, Binding>, request: Range) -> Vec<Segment<'_>> {
     let before = bindings.range(..request.start()).next_back();
@@ -229,7 +328,10 @@ fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let mut done = Done::default();
     match convert(step, to, &mut done) {
         Ok(()) => {
-            step().for_each(|change| change.publish(to));
+            for change in step() {
+                change.publish(to);
+                change.after(to);
+            }
             Ok(rest)
         }
         Err(cause) => Err(undo(step, to, &done, cause)),
@@ -239,6 +341,7 @@ fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
 /// How many pieces of a step each phase has done.
 #[derive(Default)]
 struct Done {
+    asked: usize,
     switched: usize,
     populated: usize,
     punched: usize,
@@ -250,6 +353,10 @@ where
 {
     step().try_for_each(|change| change.punch(to))?;
     step().try_for_each(|change| change.allocate(to))?;
+    for change in step() {
+        change.before(to)?;
+        done.asked += 1;
+    }
     for change in step() {
         change.switch(to)?;
         done.switched += 1;
@@ -315,6 +422,7 @@ where
         if index < done.switched && change.switch(to.other()).is_err() {
             let _ = change.punch(to.other());
             change.publish(to);
+            change.after(to);
             stuck += bytes;
             // It is shared now, whatever was asked for.
             if to == Side::Shared && change.populate().is_err() {
@@ -326,6 +434,9 @@ where
         // it cannot be freed now, the next conversion frees it before it can
         // come up.
         let _ = change.punch(to);
+        if index < done.asked {
+            change.after(to.other());
+        }
         if to == Side::Shared {
             change.region.punch_huge_pages(change.offsets);
         }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::agent::PageType;
 use crate::range::Range;
 
 pub type Result<T> = std::result::Result<T, Error>;
@@ -53,6 +54,33 @@ pub enum Error {
 
     #[error("region '{0}' cannot load private contents: only the emulated agent gives them out")]
     CannotLoad(String),
+
+    #[error(
+        "a software-protected VM has no way to give private pages initial contents: start the \
+         guest in shared memory, and let it copy"
+    )]
+    NoInitialContents,
+
+    #[error("the TDX agent has no vCPU yet; its fd must be told before initial contents")]
+    NoVcpu,
+
+    #[error("there are no pages of type {0:?} with {1}")]
+    PageType(PageType, &'static str),
+
+    #[error("the guest's initial contents are final; nothing can be added to them")]
+    Finalized,
+
+    /// A command to the agent's firmware or module failed.
+    #[error("{command} failed{}: {source}{}", at_text(*.gpa), firmware_text(*.firmware))]
+    Command {
+        command: &'static str,
+        /// Guest-physical address of the page that could not be done; those
+        /// before it are.
+        gpa: Option<u64>,
+        /// Status of the TDX module or the SEV firmware, 0 for none.
+        firmware: u64,
+        source: io::Error,
+    },
 
     #[error(
         "a vCPU faults again and again at guest-physical {gpa:#x}, while nothing is converted; \
@@ -107,6 +135,17 @@ fn undo_text(contents_lost: u64, stuck: u64, unmapped: u64) -> String {
     text
 }
 
+fn at_text(gpa: Option<u64>) -> String {
+    gpa.map_or_else(String::new, |gpa| format!(" at guest-physical {gpa:#x}"))
+}
+
+fn firmware_text(status: u64) -> String {
+    match status {
+        0 => String::new(),
+        _ => format!(" (status of the firmware or module {status:#x})"),
+    }
+}
+
 impl Error {
     /// The positive `errno` that stands for this error at the C border.
     pub fn errno(&self) -> i32 {
@@ -126,7 +165,12 @@ impl Error {
                 libc::EOPNOTSUPP
             }
             Error::NoMemoryForState { .. } => libc::ENOMEM,
-            Error::Kernel { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::NoInitialContents => libc::EOPNOTSUPP,
+            Error::NoVcpu | Error::PageType(..) => libc::EINVAL,
+            Error::Finalized => libc::EPERM,
+            Error::Kernel { source, .. } | Error::Command { source, .. } => {
+                source.raw_os_error().unwrap_or(libc::EIO)
+            }
             Error::HopelessFault { .. } => libc::EFAULT,
             Error::Undone { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,

@@ -10,8 +10,13 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use kvm_bindings::{KVMIO, kvm_create_guest_memfd, kvm_memory_attributes};
+use kvm_bindings::{
+    KVMIO, kvm_create_guest_memfd, kvm_memory_attributes, kvm_sev_cmd, kvm_sev_snp_launch_finish,
+    kvm_sev_snp_launch_start, kvm_sev_snp_launch_update, sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH,
+    sev_cmd_id_KVM_SEV_SNP_LAUNCH_START, sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE,
+};
 
+use crate::agent::{CommandError, CommandResult};
 use crate::range::Range;
 
 /// On which NUMA nodes memory is taken, as set_mempolicy(2) has it; by default
@@ -66,6 +71,55 @@ pub trait Kernel: Send + Sync {
     /// for a `guest_memfd`.
     fn blocks(&self, fd: BorrowedFd) -> io::Result<u64>;
 
+    /// `KVM_TDX_INIT_MEM_REGION` (Documentation/virt/kvm/x86/intel-tdx.rst) on
+    /// a vCPU fd: private pages get their contents, and `region` is moved on to
+    /// what is left. EINTR and EAGAIN mean to call again.
+    ///
+    /// # Safety
+    /// As many pages as `region` says are readable at its `source_addr`.
+    unsafe fn tdx_init_mem_region(
+        &self,
+        vcpu: BorrowedFd,
+        region: &mut TdxInitMemRegion,
+        measure: bool,
+    ) -> CommandResult;
+
+    /// `KVM_TDX_FINALIZE_VM` on a VM fd. EBUSY means to call again.
+    fn tdx_finalize(&self, vm: BorrowedFd) -> CommandResult;
+
+    /// `KVM_SEV_SNP_LAUNCH_START` (amd-memory-encryption.rst) on a VM fd, with
+    /// /dev/sev.
+    fn snp_launch_start(
+        &self,
+        vm: BorrowedFd,
+        sev: BorrowedFd,
+        start: &kvm_sev_snp_launch_start,
+    ) -> CommandResult;
+
+    /// `KVM_SEV_SNP_LAUNCH_UPDATE`: private pages get their contents, and
+    /// `update` is moved on to what is left.
+    ///
+    /// # Safety
+    /// As many bytes as `update` says are readable at its `uaddr`, and writable
+    /// for a page of type CPUID, unless its type is ZERO.
+    unsafe fn snp_launch_update(
+        &self,
+        vm: BorrowedFd,
+        sev: BorrowedFd,
+        update: &mut kvm_sev_snp_launch_update,
+    ) -> CommandResult;
+
+    /// `KVM_SEV_SNP_LAUNCH_FINISH`.
+    ///
+    /// # Safety
+    /// The addresses in `finish` are valid where it says that they are used.
+    unsafe fn snp_launch_finish(
+        &self,
+        vm: BorrowedFd,
+        sev: BorrowedFd,
+        finish: &kvm_sev_snp_launch_finish,
+    ) -> CommandResult;
+
     /// Maps `offsets` of `fd` at `host`, in place of what is mapped there.
     ///
     /// # Safety
@@ -74,8 +128,68 @@ pub trait Kernel: Send + Sync {
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
 }
 
+/// `struct kvm_tdx_init_mem_region` of arch/x86/include/uapi/asm/kvm.h; not in
+/// kvm-bindings.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TdxInitMemRegion {
+    pub source_addr: u64,
+    pub gpa: u64,
+    pub nr_pages: u64,
+}
+
+/// `struct kvm_tdx_cmd`; not in kvm-bindings.
+#[repr(C)]
+#[derive(Default)]
+struct TdxCommand {
+    id: u32,
+    flags: u32,
+    data: u64,
+    hw_error: u64,
+}
+
+/// `enum kvm_tdx_cmd_id`.
+const KVM_TDX_INIT_MEM_REGION: u32 = 3;
+const KVM_TDX_FINALIZE_VM: u32 = 4;
+
+/// A flag of `KVM_TDX_INIT_MEM_REGION`.
+const KVM_TDX_MEASURE_MEMORY_REGION: u32 = 1;
+
+/// Of both TDX and SEV (api.rst, 4.110).
+const KVM_MEMORY_ENCRYPT_OP: libc::Ioctl = libc::_IOWR::<libc::c_ulong>(KVMIO, 0xba);
+
 /// The running kernel.
 pub struct Linux;
+
+impl Linux {
+    /// # Safety
+    /// `command.data` is what its `id` wants, valid for the kernel.
+    unsafe fn tdx(&self, fd: BorrowedFd, mut command: TdxCommand) -> CommandResult {
+        // SAFETY: `command` is the struct that this ioctl reads and writes.
+        let value = unsafe { libc::ioctl(fd.as_raw_fd(), KVM_MEMORY_ENCRYPT_OP, &mut command) };
+        let firmware = command.hw_error;
+        result(value)
+            .map(drop)
+            .map_err(|error| CommandError { error, firmware })
+    }
+
+    /// # Safety
+    /// `data` points to what the command wants, valid for the kernel.
+    unsafe fn sev(&self, vm: BorrowedFd, sev: BorrowedFd, id: u32, data: u64) -> CommandResult {
+        let mut command = kvm_sev_cmd {
+            id,
+            data,
+            sev_fd: sev.as_raw_fd() as u32,
+            ..Default::default()
+        };
+        // SAFETY: `command` is the struct that this ioctl reads and writes.
+        let value = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_MEMORY_ENCRYPT_OP, &mut command) };
+        let firmware = u64::from(command.error);
+        result(value)
+            .map(drop)
+            .map_err(|error| CommandError { error, firmware })
+    }
+}
 
 const KVM_CHECK_EXTENSION: libc::Ioctl = libc::_IO(KVMIO, 0x03);
 const KVM_SET_MEMORY_ATTRIBUTES: libc::Ioctl = libc::_IOW::<kvm_memory_attributes>(KVMIO, 0xd2);
@@ -251,6 +365,71 @@ impl Kernel for Linux {
             stat.assume_init()
         };
         Ok(stat.st_blocks as u64 * 512)
+    }
+
+    unsafe fn tdx_init_mem_region(
+        &self,
+        vcpu: BorrowedFd,
+        region: &mut TdxInitMemRegion,
+        measure: bool,
+    ) -> CommandResult {
+        let command = TdxCommand {
+            id: KVM_TDX_INIT_MEM_REGION,
+            flags: if measure {
+                KVM_TDX_MEASURE_MEMORY_REGION
+            } else {
+                0
+            },
+            data: std::ptr::from_mut(region) as u64,
+            hw_error: 0,
+        };
+        // SAFETY: `data` is the struct that the command reads and writes; what
+        // it points to is the caller's promise.
+        unsafe { self.tdx(vcpu, command) }
+    }
+
+    fn tdx_finalize(&self, vm: BorrowedFd) -> CommandResult {
+        let command = TdxCommand {
+            id: KVM_TDX_FINALIZE_VM,
+            ..Default::default()
+        };
+        // SAFETY: the command takes no data.
+        unsafe { self.tdx(vm, command) }
+    }
+
+    fn snp_launch_start(
+        &self,
+        vm: BorrowedFd,
+        sev: BorrowedFd,
+        start: &kvm_sev_snp_launch_start,
+    ) -> CommandResult {
+        let data = std::ptr::from_ref(start) as u64;
+        // SAFETY: `data` is the struct that the command reads; it has no pointers.
+        unsafe { self.sev(vm, sev, sev_cmd_id_KVM_SEV_SNP_LAUNCH_START, data) }
+    }
+
+    unsafe fn snp_launch_update(
+        &self,
+        vm: BorrowedFd,
+        sev: BorrowedFd,
+        update: &mut kvm_sev_snp_launch_update,
+    ) -> CommandResult {
+        let data = std::ptr::from_mut(update) as u64;
+        // SAFETY: `data` is the struct that the command reads and writes; what
+        // it points to is the caller's promise.
+        unsafe { self.sev(vm, sev, sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE, data) }
+    }
+
+    unsafe fn snp_launch_finish(
+        &self,
+        vm: BorrowedFd,
+        sev: BorrowedFd,
+        finish: &kvm_sev_snp_launch_finish,
+    ) -> CommandResult {
+        let data = std::ptr::from_ref(finish) as u64;
+        // SAFETY: `data` is the struct that the command reads; what it points
+        // to is the caller's promise.
+        unsafe { self.sev(vm, sev, sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH, data) }
     }
 
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()> {

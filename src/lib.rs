@@ -12,6 +12,7 @@
 //! | `range_lock` | orders conversions of overlapping ranges, first come, first served |
 //! | [`kernel`] | every call into the kernel, behind a trait so that tests can fail each of them |
 //! | [`store`] | the two fds of a region: `guest_memfd` (private) and memfd (shared) |
+//! | [`agent`] | trust agents: who keeps private contents, asked and told along the way |
 //! | [`listener`] | downstream mappers, told before shared memory goes and after it has come |
 //! | [`region`] | one memory backend: stores, state map, range lock, counters |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
@@ -20,9 +21,10 @@
 //!
 //! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
 //! region ([`region`], regions in order of their serial number, then by
-//! offset). Listeners are called under these locks: that is what orders their
-//! mappings with the conversion. No other call goes back into C.
+//! offset). Listeners and agents are called under these locks: that is
+//! what orders what they do with the conversion. No other call goes back into C.
 
+pub mod agent;
 mod convert;
 pub mod error;
 pub mod ffi;

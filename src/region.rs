@@ -15,7 +15,7 @@ use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeLock;
 use crate::state::{Run, Side, StateMap};
 use crate::store::Store;
-use crate::vm::{Agent, Vm};
+use crate::vm::{Binding, Switch, Vm};
 
 /// What a region is made with; by default all shared, in pages of the host's
 /// size, with memory held for one side only.
@@ -91,7 +91,7 @@ const MOVED: u64 = 1 << 20;
 /// Bytes that one thread takes at a time when preallocating.
 const PREALLOCATED: u64 = 16 << 20;
 
-fn check_huge_page(options: Options, size: u64, agent: &Agent) -> Result<()> {
+fn check_huge_page(options: Options, size: u64, vm: &Vm) -> Result<()> {
     let Some(unit) = options.huge_page else {
         return Ok(());
     };
@@ -104,7 +104,7 @@ fn check_huge_page(options: Options, size: u64, agent: &Agent) -> Result<()> {
             "the size {size:#x} is not a multiple of the huge page of {unit:#x} bytes"
         ));
     }
-    if matches!(agent, Agent::Emulated) {
+    if vm.is_open() {
         let text =
             "the emulated agent maps pages of 4096 bytes, which cannot be done within huge pages";
         return refused(text.to_owned());
@@ -130,12 +130,12 @@ impl Region {
             Error::Empty { .. } => Error::InvalidArgument("the size must not be 0".into()),
             other => other,
         })?;
-        check_huge_page(options, size, &vm.agent)?;
+        check_huge_page(options, size, vm)?;
         let kernel = &vm.kernel;
         let shared = Store::memfd(kernel, &format!("{name}-shared"), size, options.huge_page)?;
-        let private = match vm.agent {
-            Agent::SwProtected(fd) => Store::guest_memfd(kernel, fd, size)?,
-            Agent::Emulated => Store::memfd(kernel, &format!("{name}-private"), size, None)?,
+        let private = match vm.switch {
+            Switch::Kvm(fd) => Store::guest_memfd(kernel, fd, size)?,
+            Switch::Mapping => Store::memfd(kernel, &format!("{name}-private"), size, None)?,
         };
         Ok(Arc::new(Region {
             vm: vm.clone(),
@@ -216,7 +216,7 @@ impl Region {
     /// the region count as reachable, as they are not this region's.
     pub fn host_access(&self, offset: u64, len: u64) -> (bool, u64) {
         let end = offset.saturating_add(len).min(self.size());
-        if matches!(self.vm.agent, Agent::Emulated) || offset >= end {
+        if self.vm.is_open() || offset >= end {
             return (true, len);
         }
         let granules = (offset / GRANULE) as usize..end.div_ceil(GRANULE) as usize;
@@ -247,6 +247,20 @@ impl Region {
         self.listeners.clear(self.shared_runs());
     }
 
+    /// Tells the agent of what goes of `offsets` that is private, where the
+    /// guest sees it.
+    fn invalidate(&self, bindings: &[Binding], offsets: Range) {
+        for binding in bindings {
+            let Some(seen) = binding.offsets().intersection(&offsets) else {
+                continue;
+            };
+            for run in self.runs_on(Side::Private, seen) {
+                let gpa = run.rebase(binding.offset, binding.gpa.start());
+                self.vm.agent().invalidate(gpa);
+            }
+        }
+    }
+
     fn shared_runs(&self) -> impl Iterator<Item = Range> {
         self.runs_on(Side::Shared, self.size)
     }
@@ -269,7 +283,7 @@ impl Region {
     /// included. For a machine that was loaded, whose vCPUs do not run. Only
     /// the emulated agent can: nobody else gives contents out.
     pub fn load_state(&self, bytes: &[u8]) -> Result<()> {
-        if !matches!(self.vm.agent, Agent::Emulated) {
+        if !self.vm.is_open() {
             return Err(Error::CannotLoad(self.name.clone()));
         }
         let wanted = StateMap::from_bytes(self.state.len(), bytes)?;
@@ -298,7 +312,9 @@ impl Region {
     /// machine, whose vCPUs do not run meanwhile.
     pub fn reset(self: &Arc<Region>) -> Result<()> {
         self.vm.convert_region(self, self.options.initial)?;
+        let bindings = self.vm.bindings_of(self);
         let _held = self.lock.acquire(vec![self.size]);
+        self.invalidate(&bindings, self.size);
         self.private.punch(self.size)?;
         match self.options.initial {
             Side::Private => self.allocate(Side::Private, self.size),
@@ -384,11 +400,13 @@ impl Region {
 
     /// Frees the memory of `size` bytes at `offset`, on whichever side they
     /// are; they read zero from now on. For a balloon.
-    pub fn discard(&self, offset: u64, size: u64) -> Result<()> {
+    pub fn discard(self: &Arc<Region>, offset: u64, size: u64) -> Result<()> {
         let offsets = self.range(offset, size)?;
+        let bindings = self.vm.bindings_of(self);
         let _held = self.lock.acquire(vec![self.locked(offsets)]);
         let shared = || self.runs_on(Side::Shared, offsets);
         shared().for_each(|run| self.listeners.discard(run));
+        self.invalidate(&bindings, offsets);
         let freed = self.private.punch(offsets).and(self.shared.punch(offsets));
         let mapped = shared()
             .map(|run| self.listeners.populate(run))
@@ -440,7 +458,7 @@ impl Region {
 
     /// What a store holds in all. `st_blocks` says it for a memfd only.
     fn held(&self, side: Side) -> Option<u64> {
-        let is_memfd = side == Side::Shared || matches!(self.vm.agent, Agent::Emulated);
+        let is_memfd = side == Side::Shared || self.vm.is_open();
         let store = self.store(side);
         store
             .held(self.size)

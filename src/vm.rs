@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use crossbeam::sync::ShardedLock;
@@ -12,6 +12,7 @@ use kvm_bindings::{
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
 };
 
+use crate::agent::{Agent, Emulated, SwProtected};
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Linux};
 use crate::range::{GRANULE, Range};
@@ -19,12 +20,12 @@ use crate::region::Region;
 use crate::state::Side;
 use crate::store::retry;
 
-/// Who owns private contents and changes the side of a range.
-pub(crate) enum Agent {
-    /// KVM, for a `KVM_X86_SW_PROTECTED_VM`; the VM fd.
-    SwProtected(BorrowedFd<'static>),
-    /// This library, with two memfds and no protection at all.
-    Emulated,
+/// Who makes one side of a range reachable, and the other not.
+pub(crate) enum Switch {
+    /// KVM, by memory attributes; the VM fd.
+    Kvm(BorrowedFd<'static>),
+    /// This library, by the VMM's mapping.
+    Mapping,
 }
 
 /// A stretch of a region that the guest sees at `gpa`.
@@ -54,7 +55,10 @@ impl Binding {
 /// A VM. Regions belong to one VM; bindings say where its guest sees them.
 pub struct Vm {
     pub(crate) kernel: Arc<dyn Kernel>,
-    pub(crate) agent: Agent,
+    pub(crate) switch: Switch,
+    pub(crate) agent: Arc<dyn Agent>,
+    /// Initial contents are final.
+    finalized: AtomicBool,
     /// By first guest-physical address. Read by every conversion, changed only
     /// when memory slots change.
     pub(crate) bindings: ShardedLock<BTreeMap<u64, Binding>>,
@@ -65,7 +69,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM whose private memory KVM keeps.
+    /// A software-protected VM, whose private memory KVM keeps.
     ///
     /// `fd` is KVM's VM fd; fails where the VM has no private memory, with a
     /// message that says what is missing and which VM types there are.
@@ -84,25 +88,70 @@ impl Vm {
         kernel: Arc<dyn Kernel>,
         fd: Option<BorrowedFd<'static>>,
     ) -> Result<Arc<Vm>> {
+        match fd {
+            Some(_) => Vm::with_agent(kernel, fd, Arc::new(SwProtected)),
+            None => Vm::with_agent(kernel, fd, Arc::new(Emulated)),
+        }
+    }
+
+    /// A VM with a trust agent of the caller's, and KVM's VM fd; without one,
+    /// memory changes side in the VMM's mapping only.
+    pub fn with_agent(
+        kernel: Arc<dyn Kernel>,
+        fd: Option<BorrowedFd<'static>>,
+        agent: Arc<dyn Agent>,
+    ) -> Result<Arc<Vm>> {
         // SAFETY: sysconf touches no memory of ours.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
         if page != GRANULE {
             return Err(Error::HostPageSize(page));
         }
-        let agent = match fd {
-            None => Agent::Emulated,
+        let switch = match fd {
+            None => Switch::Mapping,
             Some(fd) => {
                 check_capabilities(kernel.as_ref(), fd)?;
-                Agent::SwProtected(fd)
+                Switch::Kvm(fd)
             }
         };
         Ok(Arc::new(Vm {
             kernel,
+            switch,
             agent,
+            finalized: AtomicBool::new(false),
             bindings: ShardedLock::default(),
             serials: AtomicU64::new(0),
             generation: AtomicU64::new(0),
         }))
+    }
+
+    /// The trust agent.
+    pub fn agent(&self) -> &Arc<dyn Agent> {
+        &self.agent
+    }
+
+    /// Whether the host reaches contents of both sides: nobody protects them.
+    pub(crate) fn is_open(&self) -> bool {
+        matches!(self.switch, Switch::Mapping)
+    }
+
+    /// Ends the time for initial contents; see [`Agent::finalize`]. Refused the
+    /// second time.
+    pub fn finalize(&self) -> Result<()> {
+        if self.finalized.swap(true, Ordering::AcqRel) {
+            return Err(Error::Finalized);
+        }
+        let result = self.agent.finalize(self.kernel.as_ref());
+        if result.is_err() {
+            self.finalized.store(false, Ordering::Release);
+        }
+        result
+    }
+
+    pub(crate) fn check_not_finalized(&self) -> Result<()> {
+        match self.finalized.load(Ordering::Acquire) {
+            true => Err(Error::Finalized),
+            false => Ok(()),
+        }
     }
 
     pub(crate) fn next_serial(&self) -> u64 {
@@ -210,9 +259,9 @@ impl Vm {
             .fold(Ok(()), Result::and)
     }
 
-    /// `KVM_SET_MEMORY_ATTRIBUTES`; nothing to do for the emulated agent.
+    /// `KVM_SET_MEMORY_ATTRIBUTES`; nothing to do without KVM.
     pub(crate) fn set_attributes(&self, gpa: Range, side: Side) -> Result<()> {
-        let Agent::SwProtected(vm) = self.agent else {
+        let Switch::Kvm(vm) = self.switch else {
             return Ok(());
         };
         let attributes = match side {
@@ -232,10 +281,10 @@ impl Vm {
         gpa: Option<Range>,
         side: Side,
     ) -> Result<()> {
-        match (&self.agent, gpa, region.host_mapping()) {
-            (Agent::SwProtected(_), Some(gpa), _) => self.set_attributes(gpa, side),
-            (Agent::SwProtected(_), None, _) | (Agent::Emulated, _, None) => Ok(()),
-            (Agent::Emulated, _, Some(host)) => self
+        match (&self.switch, gpa, region.host_mapping()) {
+            (Switch::Kvm(_), Some(gpa), _) => self.set_attributes(gpa, side),
+            (Switch::Kvm(_), None, _) | (Switch::Mapping, _, None) => Ok(()),
+            (Switch::Mapping, _, Some(host)) => self
                 .map(region, host, offsets, side)
                 // Some kernels unmap the old side before they find that they
                 // cannot map the new one.

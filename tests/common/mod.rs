@@ -4,6 +4,7 @@
 
 #![allow(dead_code)] // every test file uses a part of it
 
+pub mod firmware;
 pub mod mapping;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -13,7 +14,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use privmem::kernel::{Kernel, Linux};
+use firmware::{Added, BAD_CPUID, Command, Firmware, GOOD_CPUID, Refusal};
+use kvm_bindings::kvm_sev_snp_launch_update;
+use privmem::agent::{Agent, CommandError, CommandResult, SnpFinish, SnpStart};
+use privmem::kernel::{Kernel, Linux, TdxInitMemRegion};
 use privmem::{GRANULE, Listener, NumaPolicy, Range, Region, Side, Vm};
 
 /// Which calls of `set_memory_attributes`, `punch_hole` and `map_fixed` fail.
@@ -69,6 +73,8 @@ pub struct Model {
     pub guest_touches: AtomicBool,
     /// Memory that the guest reaches may be freed: a balloon's, or at a reset.
     pub discards: AtomicBool,
+    /// A model of what keeps private contents, if KVM alone does not.
+    pub firmware: Mutex<Option<Box<dyn Firmware>>>,
     /// Rules that the library broke.
     broken: Mutex<Vec<String>>,
     pub attributes: u32,
@@ -143,6 +149,7 @@ impl Model {
             busy: Mutex::default(),
             guest_touches: AtomicBool::new(false),
             discards: AtomicBool::new(false),
+            firmware: Mutex::default(),
             broken: Mutex::default(),
             attributes: 8,
             guest_memfd: 1,
@@ -233,6 +240,50 @@ impl Model {
         }
     }
 
+    /// A VM with a trust agent and the model of what it talks to.
+    pub fn vm_with(
+        self: &Arc<Model>,
+        agent: Arc<dyn Agent>,
+        firmware: impl Firmware + 'static,
+    ) -> Arc<Vm> {
+        self.install(firmware);
+        Vm::with_agent(self.clone(), Some(stand_in_fd()), agent).unwrap()
+    }
+
+    /// Puts the model of a firmware behind this one.
+    pub fn install(&self, firmware: impl Firmware + 'static) {
+        *self.firmware.lock().unwrap() = Some(Box::new(firmware));
+    }
+
+    /// Asks the model of the firmware, if there is one.
+    pub fn ask<T>(
+        &self,
+        what: impl FnOnce(&mut (dyn Firmware + 'static)) -> Result<T, Refusal>,
+    ) -> Result<T, CommandError> {
+        let mut firmware = self.firmware.lock().unwrap();
+        let firmware = firmware.as_deref_mut();
+        let result = firmware.map_or(Err((libc::ENOTTY, 0)), what);
+        result.map_err(refused)
+    }
+
+    fn remove_page(&self, gfn: u64) {
+        if let Some(firmware) = self.firmware.lock().unwrap().as_deref_mut() {
+            firmware.remove(gfn);
+        }
+    }
+
+    /// KVM's part of adding a page: it must lie in a slot with a guest_memfd.
+    fn add_page(&self, page: Added) -> CommandResult {
+        let places = self.places.lock().unwrap();
+        let place = places.iter().find(|place| place.gpa == page.gfn).copied();
+        let place = place.ok_or_else(|| refused((libc::EINVAL, 0)))?;
+        let mut pages = self.pages.lock().unwrap();
+        let (private, contents) = (pages.private.contains(&page.gfn), page.contents);
+        self.ask(|firmware| firmware.add(page, private))?;
+        *pages.page(place.private, place.granule) = contents;
+        Ok(())
+    }
+
     pub fn set_fail(&self, fail: Fail) {
         *self.fail.lock().unwrap() = (fail, 0);
     }
@@ -279,6 +330,23 @@ pub fn convert(vm: &Vm, gpa: std::ops::Range<u64>, to: Side) -> privmem::Result<
     Ok(())
 }
 
+fn refused((errno, firmware): Refusal) -> CommandError {
+    let error = io::Error::from_raw_os_error(errno);
+    CommandError { error, firmware }
+}
+
+/// The byte that a page of a test's source is full of.
+///
+/// # Safety
+/// There is a page at `address`, or it is 0.
+unsafe fn contents(address: u64) -> u8 {
+    match address {
+        0 => 0,
+        // SAFETY: by contract.
+        _ => unsafe { *(address as *const u8) },
+    }
+}
+
 pub fn stand_in_fd() -> BorrowedFd<'static> {
     // SAFETY: standard error is open for as long as the tests run.
     unsafe { BorrowedFd::borrow_raw(2) }
@@ -315,7 +383,10 @@ impl Kernel for Model {
         let result = self.call().map(|()| {
             let mut pages = self.pages.lock().unwrap();
             match attributes {
-                0 => pages.private.retain(|g| !granules(gpa).contains(g)),
+                0 => {
+                    pages.private.retain(|g| !granules(gpa).contains(g));
+                    granules(gpa).for_each(|gfn| self.remove_page(gfn));
+                }
                 _ => pages.private.extend(granules(gpa)),
             }
             if self.guest_touches.load(Ordering::Relaxed) {
@@ -338,6 +409,11 @@ impl Kernel for Model {
         self.check_punch(&pages, fd.as_raw_fd(), offsets);
         let held = pages.held.entry(fd.as_raw_fd()).or_default();
         held.retain(|g, _| !granules(offsets).contains(g));
+        for place in self.places.lock().unwrap().iter() {
+            if place.private == fd.as_raw_fd() && granules(offsets).contains(&place.granule) {
+                self.remove_page(place.gpa);
+            }
+        }
         Ok(())
     }
 
@@ -375,6 +451,85 @@ impl Kernel for Model {
 
     fn blocks(&self, _: BorrowedFd) -> io::Result<u64> {
         Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    unsafe fn tdx_init_mem_region(
+        &self,
+        _: BorrowedFd,
+        region: &mut TdxInitMemRegion,
+        measure: bool,
+    ) -> CommandResult {
+        let Some(command) = Command::of_tdx(region, measure) else {
+            return Err(refused((libc::EINVAL, 0)));
+        };
+        for gfn in command.gfn..command.gfn + command.pages {
+            let page_type = command.page_type;
+            // SAFETY: a page for each that is left, by contract.
+            let contents = unsafe { contents(region.source_addr) };
+            self.add_page(Added {
+                gfn,
+                page_type,
+                contents,
+            })?;
+            region.source_addr += GRANULE;
+            region.gpa += GRANULE;
+            region.nr_pages -= 1;
+        }
+        Ok(())
+    }
+
+    fn tdx_finalize(&self, _: BorrowedFd) -> CommandResult {
+        self.ask(|firmware| firmware.finish())
+    }
+
+    fn snp_launch_start(&self, _: BorrowedFd, _: BorrowedFd, _: &SnpStart) -> CommandResult {
+        self.ask(|firmware| firmware.start())
+    }
+
+    unsafe fn snp_launch_update(
+        &self,
+        _: BorrowedFd,
+        _: BorrowedFd,
+        update: &mut kvm_sev_snp_launch_update,
+    ) -> CommandResult {
+        let Some(command) = Command::of_snp(update) else {
+            return Err(refused((libc::EINVAL, 0)));
+        };
+        for gfn in command.gfn..command.gfn + command.pages {
+            let page_type = command.page_type;
+            // SAFETY: a page for each that is left, or none, by contract.
+            let contents = unsafe { contents(update.uaddr) };
+            let added = self.add_page(Added {
+                gfn,
+                page_type,
+                contents,
+            });
+            if let Err(error) = added {
+                if error.firmware != 0 && contents == BAD_CPUID {
+                    // SAFETY: a page of type CPUID may be written to, by contract.
+                    unsafe { (update.uaddr as *mut u8).write_bytes(GOOD_CPUID, 4096) };
+                }
+                // kvm_gmem_populate(): what was done comes before why it ended.
+                return if gfn > command.gfn {
+                    Ok(())
+                } else {
+                    Err(error)
+                };
+            }
+            update.gfn_start += 1;
+            update.len -= GRANULE;
+            update.uaddr += if update.uaddr == 0 { 0 } else { GRANULE };
+        }
+        Ok(())
+    }
+
+    unsafe fn snp_launch_finish(
+        &self,
+        _: BorrowedFd,
+        _: BorrowedFd,
+        _: &SnpFinish,
+    ) -> CommandResult {
+        self.ask(|firmware| firmware.finish())
     }
 
     unsafe fn map_fixed(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<()> {

@@ -1,0 +1,186 @@
+//! Trust agents: who keeps private contents from the host, and what of a
+//! guest's life they must be asked or told.
+//!
+//! | agent | keeps contents | initial contents |
+//! |---|---|---|
+//! | [`Tdx`] | the TDX module | `KVM_TDX_INIT_MEM_REGION` |
+//! | [`Snp`] | the SEV-SNP firmware and the RMP | `KVM_SEV_SNP_LAUNCH_UPDATE` |
+//! | [`SwProtected`] | KVM, by software alone | none: the guest starts in shared memory |
+//! | [`Emulated`] | nobody | written into the private store |
+//!
+//! A VMM may bring one of its own.
+
+mod snp;
+mod tdx;
+
+use crate::error::{Error, Result};
+use crate::kernel::Kernel;
+use crate::range::{GRANULE, Range};
+use crate::state::Side;
+use crate::store::Store;
+
+pub use snp::{Snp, SnpFinish, SnpStart};
+pub use tdx::Tdx;
+
+/// What a page of initial contents is to the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageType {
+    /// Contents that are part of the measurement.
+    Normal,
+    /// Contents that are not; TDX without `KVM_TDX_MEASURE_MEMORY_REGION`.
+    Unmeasured,
+    /// Zeroes; no source. SEV-SNP only.
+    Zero,
+    /// Where the firmware puts secrets for the guest. SEV-SNP only.
+    Secrets,
+    /// CPUID table, which the firmware checks. SEV-SNP only. One that it
+    /// refuses comes back in the source, with the values it would accept.
+    Cpuid,
+}
+
+/// A part of a request for initial contents: one region, contiguous on both
+/// sides, all private.
+pub struct InitialPages<'a> {
+    pub kernel: &'a dyn Kernel,
+    /// Guest-physical.
+    pub gpa: Range,
+    pub store: &'a Store,
+    /// Offsets into the private store.
+    pub offsets: Range,
+    /// As many bytes as `gpa`, at a multiple of the granule; none for
+    /// [`PageType::Zero`].
+    pub source: Option<&'a mut [u8]>,
+    pub page_type: PageType,
+}
+
+/// A trust agent.
+///
+/// Calls come from any thread. Those for a range come with this range locked:
+/// nobody converts it meanwhile, and calls for overlapping ranges do not
+/// overlap. An agent must not call back into the [`crate::Vm`] or its regions.
+pub trait Agent: Send + Sync {
+    /// What it is called in messages and reports.
+    fn name(&self) -> &str;
+
+    /// Gives private pages their initial contents, in order of address, before
+    /// the guest runs. What is interrupted or done in part is the agent's to
+    /// repeat; a failure names the page at which it ended.
+    fn populate(&self, pages: InitialPages) -> Result<()>;
+
+    /// Ends the time for initial contents: the measurement is complete.
+    fn finalize(&self, kernel: &dyn Kernel) -> Result<()>;
+
+    /// A guest-physical range is about to change to side `to`; contents go.
+    /// On failure the conversion does not take place.
+    fn before_convert(&self, _gpa: Range, _to: Side) -> Result<()> {
+        Ok(())
+    }
+
+    /// The range is on `side` now: for good, or again after a failure. Once for
+    /// every call of [`Agent::before_convert`] that succeeded.
+    fn after_convert(&self, _gpa: Range, _side: Side) {}
+
+    /// Private pages of the range go without a conversion, such as a balloon's.
+    fn invalidate(&self, _gpa: Range) {}
+}
+
+/// KVM as the agent of a `KVM_X86_SW_PROTECTED_VM`.
+pub struct SwProtected;
+
+impl Agent for SwProtected {
+    fn name(&self) -> &str {
+        "sw-protected"
+    }
+
+    fn populate(&self, _: InitialPages) -> Result<()> {
+        Err(Error::NoInitialContents)
+    }
+
+    fn finalize(&self, _: &dyn Kernel) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// This library as the agent: two memfds a region, and no protection at all.
+pub struct Emulated;
+
+impl Agent for Emulated {
+    fn name(&self) -> &str {
+        "emulated"
+    }
+
+    fn populate(&self, pages: InitialPages) -> Result<()> {
+        match pages.source {
+            Some(source) => pages.store.write(pages.offsets.start(), source),
+            None => pages.store.punch(pages.offsets),
+        }
+    }
+
+    fn finalize(&self, _: &dyn Kernel) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A request that may be done in part goes on for as long as it is told to try
+/// again, which has an end where nothing gets done.
+const FRUITLESS_TRIES: u32 = 100_000;
+
+/// Repeats `step`, which returns what is left, until nothing is. EINTR, EAGAIN
+/// and EBUSY mean to try again, with what `step` says is left by then.
+fn repeat(mut left: u64, mut step: impl FnMut() -> (u64, CommandResult)) -> CommandResult {
+    let mut fruitless = 0;
+    loop {
+        let (now, result) = step();
+        fruitless = if now < left { 0 } else { fruitless + 1 };
+        left = now;
+        match result {
+            Ok(()) if left == 0 => return Ok(()),
+            Err(error) if !error.is_temporary() => return Err(error),
+            Err(error) if fruitless > FRUITLESS_TRIES => return Err(error),
+            Ok(()) if fruitless > FRUITLESS_TRIES => return Err(CommandError::stuck()),
+            _ => std::thread::yield_now(),
+        }
+    }
+}
+
+/// What came of a command to the agent's firmware or module.
+pub type CommandResult = std::result::Result<(), CommandError>;
+
+/// What the kernel says of a command to the agent's firmware or module.
+#[derive(Debug)]
+pub struct CommandError {
+    pub error: std::io::Error,
+    /// Status of the TDX module or of the SEV firmware; 0 where it has none.
+    pub firmware: u64,
+}
+
+impl CommandError {
+    fn is_temporary(&self) -> bool {
+        let errno = self.error.raw_os_error().unwrap_or(0);
+        [libc::EINTR, libc::EAGAIN, libc::EBUSY].contains(&errno)
+    }
+
+    /// EIO that no firmware is the reason of.
+    fn is_eio_of_kvm(&self) -> bool {
+        self.error.raw_os_error() == Some(libc::EIO) && self.firmware == 0
+    }
+
+    fn stuck() -> CommandError {
+        let error = std::io::Error::from_raw_os_error(libc::EAGAIN);
+        CommandError { error, firmware: 0 }
+    }
+
+    fn of(self, command: &'static str, gpa: Option<u64>) -> Error {
+        Error::Command {
+            command,
+            gpa,
+            firmware: self.firmware,
+            source: self.error,
+        }
+    }
+}
+
+/// Frames of 4 KiB in a range.
+fn frames(range: Range) -> u64 {
+    range.len() / GRANULE
+}

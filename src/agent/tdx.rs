@@ -1,0 +1,71 @@
+//! The TDX module, through KVM.
+//! Source: Documentation/virt/kvm/x86/intel-tdx.rst.
+
+use std::os::fd::BorrowedFd;
+use std::sync::{Mutex, PoisonError};
+
+use super::{Agent, InitialPages, PageType, frames, repeat};
+use crate::error::{Error, Result};
+use crate::kernel::{Kernel, TdxInitMemRegion};
+
+/// The agent of a `KVM_X86_TDX_VM`.
+///
+/// A page that was converted to private has lost its contents, and the guest
+/// must accept it again: the module answers its access with #VE until then.
+pub struct Tdx {
+    vm: BorrowedFd<'static>,
+    vcpu: Mutex<Option<BorrowedFd<'static>>>,
+}
+
+impl Tdx {
+    /// `vm` is KVM's VM fd, initialized by `KVM_TDX_INIT_VM`.
+    pub fn new(vm: BorrowedFd<'static>) -> Tdx {
+        let vcpu = Mutex::new(None);
+        Tdx { vm, vcpu }
+    }
+
+    /// Tells a vCPU's fd, initialized by `KVM_TDX_INIT_VCPU`: the command for
+    /// initial contents is one of a vCPU.
+    pub fn set_vcpu(&self, vcpu: BorrowedFd<'static>) {
+        *self.vcpu.lock().unwrap_or_else(PoisonError::into_inner) = Some(vcpu);
+    }
+}
+
+impl Agent for Tdx {
+    fn name(&self) -> &str {
+        "tdx"
+    }
+
+    /// `KVM_TDX_INIT_MEM_REGION`, which does some of the pages and leaves the
+    /// rest in its argument when a signal comes or the module is busy.
+    fn populate(&self, pages: InitialPages) -> Result<()> {
+        let vcpu = *self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        let vcpu = vcpu.ok_or(Error::NoVcpu)?;
+        let measure = match pages.page_type {
+            PageType::Normal => true,
+            PageType::Unmeasured => false,
+            other => return Err(Error::PageType(other, "tdx")),
+        };
+        let Some(source) = pages.source else {
+            return Err(Error::InvalidArgument("TDX pages need a source".into()));
+        };
+        let mut region = TdxInitMemRegion {
+            source_addr: source.as_mut_ptr() as u64,
+            gpa: pages.gpa.start(),
+            nr_pages: frames(pages.gpa),
+        };
+        let kernel = pages.kernel;
+        let done = repeat(region.nr_pages, || {
+            // SAFETY: `source` has as many bytes as `gpa`, and the kernel only
+            // moves the region on within both.
+            let result = unsafe { kernel.tdx_init_mem_region(vcpu, &mut region, measure) };
+            (region.nr_pages, result)
+        });
+        done.map_err(|error| error.of("KVM_TDX_INIT_MEM_REGION", Some(region.gpa)))
+    }
+
+    fn finalize(&self, kernel: &dyn Kernel) -> Result<()> {
+        repeat(0, || (0, kernel.tdx_finalize(self.vm)))
+            .map_err(|error| error.of("KVM_TDX_FINALIZE_VM", None))
+    }
+}

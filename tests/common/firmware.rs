@@ -1,0 +1,234 @@
+//! MODELS of the TDX module and of the SEV-SNP firmware, as a VMM meets them at
+//! KVM's ioctls. They are models: no hardware is used, and none is vouched for.
+//! Each rule names where the kernel's sources or documents have it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use privmem::kernel::TdxInitMemRegion;
+
+/// What was put into the measurement, or left out, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Added {
+    pub gfn: u64,
+    /// `KVM_SEV_SNP_PAGE_TYPE_*`; for TDX 1 if measured, 4 if not.
+    pub page_type: u8,
+    /// The byte that the page is full of.
+    pub contents: u8,
+}
+
+/// The errno of KVM and the status of the firmware.
+pub type Refusal = (i32, u64);
+
+/// One of the two models.
+pub trait Firmware: Send {
+    /// KVM asks to add one page. `private` tells its memory attribute.
+    fn add(&mut self, page: Added, private: bool) -> Result<(), Refusal>;
+
+    fn start(&mut self) -> Result<(), Refusal>;
+
+    fn finish(&mut self) -> Result<(), Refusal>;
+
+    /// The page is private no more, or was freed.
+    fn remove(&mut self, gfn: u64);
+
+    /// What was added so far.
+    fn log(&self) -> &[Added];
+
+    /// Errors to give, before anything else, from the next calls to
+    /// [`Firmware::add`] and [`Firmware::finish`]: 0 for none.
+    fn contention(&mut self) -> &mut VecDeque<i32>;
+}
+
+#[derive(Default)]
+struct Common {
+    /// Pages with initial contents.
+    pages: BTreeMap<u64, u8>,
+    log: Vec<Added>,
+    contention: VecDeque<i32>,
+    started: bool,
+    finished: bool,
+}
+
+impl Common {
+    fn contended(&mut self) -> Result<(), Refusal> {
+        match self.contention.pop_front() {
+            None | Some(0) => Ok(()),
+            Some(errno) => Err((errno, 0)),
+        }
+    }
+
+    fn add(&mut self, page: Added) {
+        self.pages.insert(page.gfn, page.page_type);
+        self.log.push(page);
+    }
+}
+
+/// Model of a TDX module behind KVM.
+#[derive(Default)]
+pub struct TdxModule(Common);
+
+impl Firmware for TdxModule {
+    fn add(&mut self, page: Added, private: bool) -> Result<(), Refusal> {
+        // tdx_vcpu_init_mem_region(): "Once TD is finalized, the initial guest
+        // memory is fixed."
+        if self.0.finished {
+            return Err((libc::EINVAL, 0));
+        }
+        // A pending signal, or an operand that the module is busy with.
+        self.0.contended()?;
+        // intel-tdx.rst: "memory attribute of the range [gpa, gpa + nr_pages]
+        // needs to be private".
+        if !private {
+            return Err((libc::EINVAL, 0));
+        }
+        // TDH.MEM.PAGE.ADD of a page that is there: kvm_tdp_mmu_map_private_pfn()
+        // finds it mapped, and gives EIO.
+        if self.0.pages.contains_key(&page.gfn) {
+            return Err((libc::EIO, 0));
+        }
+        self.0.add(page);
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Refusal> {
+        Err((libc::ENOTTY, 0))
+    }
+
+    fn finish(&mut self) -> Result<(), Refusal> {
+        // tdx_td_finalize(): EINVAL in state TD_STATE_RUNNABLE.
+        if self.0.finished {
+            return Err((libc::EINVAL, 0));
+        }
+        // tdx_td_finalize(): EBUSY where the module says TDX_OPERAND_BUSY.
+        self.0.contended()?;
+        self.0.finished = true;
+        Ok(())
+    }
+
+    fn remove(&mut self, gfn: u64) {
+        self.0.pages.remove(&gfn);
+    }
+
+    fn log(&self) -> &[Added] {
+        &self.0.log
+    }
+
+    fn contention(&mut self) -> &mut VecDeque<i32> {
+        &mut self.0.contention
+    }
+}
+
+/// Model of SEV-SNP firmware and RMP behind KVM.
+#[derive(Default)]
+pub struct SnpFirmware(Common);
+
+/// include/uapi/linux/psp-sev.h.
+const SEV_RET_INVALID_GUEST_STATE: u64 = 2;
+const SEV_RET_INVALID_PARAM: u64 = 0x16;
+
+/// Contents of a CPUID page that this firmware does not accept.
+pub const BAD_CPUID: u8 = 0xbd;
+/// What it would accept in its place.
+pub const GOOD_CPUID: u8 = 0x60;
+
+impl Firmware for SnpFirmware {
+    fn add(&mut self, page: Added, private: bool) -> Result<(), Refusal> {
+        // snp_launch_update(): EINVAL without a context.
+        if !self.0.started {
+            return Err((libc::EINVAL, 0));
+        }
+        // kvm_gmem_populate(): a signal; snp_launch_update() makes it EIO.
+        self.0.contended().map_err(|_| (libc::EIO, 0))?;
+        // amd-memory-encryption.rst: "It is required that the GPA ranges
+        // initialized by this command have had the
+        // KVM_MEMORY_ATTRIBUTE_PRIVATE attribute set in advance."
+        // sev_gmem_post_populate(): EEXIST for a page that is assigned in the
+        // RMP. Both come as EIO.
+        if !private || self.0.pages.contains_key(&page.gfn) {
+            return Err((libc::EIO, 0));
+        }
+        if self.0.finished {
+            return Err((libc::EIO, SEV_RET_INVALID_GUEST_STATE));
+        }
+        let cpuid = kvm_bindings::KVM_SEV_SNP_PAGE_TYPE_CPUID as u8;
+        if page.page_type == cpuid && page.contents == BAD_CPUID {
+            return Err((libc::EIO, SEV_RET_INVALID_PARAM));
+        }
+        self.0.add(page);
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<(), Refusal> {
+        // snp_launch_start(): one context only.
+        if self.0.started {
+            return Err((libc::EINVAL, 0));
+        }
+        self.0.started = true;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), Refusal> {
+        // snp_launch_finish(): EINVAL without a context.
+        if !self.0.started {
+            return Err((libc::EINVAL, 0));
+        }
+        if self.0.finished {
+            return Err((libc::EIO, SEV_RET_INVALID_GUEST_STATE));
+        }
+        self.0.finished = true;
+        Ok(())
+    }
+
+    fn remove(&mut self, gfn: u64) {
+        self.0.pages.remove(&gfn);
+    }
+
+    fn log(&self) -> &[Added] {
+        &self.0.log
+    }
+
+    fn contention(&mut self) -> &mut VecDeque<i32> {
+        &mut self.0.contention
+    }
+}
+
+/// What both commands check of their arguments, and how they move them on.
+pub struct Command {
+    pub gfn: u64,
+    pub pages: u64,
+    pub source: u64,
+    pub page_type: u8,
+}
+
+impl Command {
+    pub fn of_tdx(region: &TdxInitMemRegion, measure: bool) -> Option<Command> {
+        // tdx_vcpu_init_mem_region().
+        let bad = region.source_addr == 0
+            || region.source_addr % 4096 != 0
+            || region.gpa % 4096 != 0
+            || region.nr_pages == 0;
+        (!bad).then_some(Command {
+            gfn: region.gpa / 4096,
+            pages: region.nr_pages,
+            source: region.source_addr,
+            page_type: if measure { 1 } else { 4 },
+        })
+    }
+
+    pub fn of_snp(update: &kvm_bindings::kvm_sev_snp_launch_update) -> Option<Command> {
+        // snp_launch_update().
+        let zero = kvm_bindings::KVM_SEV_SNP_PAGE_TYPE_ZERO as u8;
+        let no_source = update.uaddr == 0 || update.uaddr % 4096 != 0;
+        let bad = update.len == 0
+            || update.len % 4096 != 0
+            || update.flags != 0
+            || ![1, 3, 4, 5, 6].contains(&update.type_)
+            || (update.type_ != zero && no_source);
+        (!bad).then_some(Command {
+            gfn: update.gfn_start,
+            pages: update.len / 4096,
+            source: update.uaddr,
+            page_type: update.type_,
+        })
+    }
+}
