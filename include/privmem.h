@@ -35,6 +35,33 @@
 #define PRIVMEM_UNKNOWN UINT64_MAX
 
 /**
+ * What a page of initial contents is to the trust agent.
+ */
+enum privmem_page_type {
+  /**
+   * Contents that are part of the measurement.
+   */
+  PRIVMEM_PAGE_NORMAL = 1,
+  /**
+   * Contents that are not.
+   */
+  PRIVMEM_PAGE_UNMEASURED = 2,
+  /**
+   * Zeroes, without a source; SEV-SNP only.
+   */
+  PRIVMEM_PAGE_ZERO = 3,
+  /**
+   * Where the firmware puts secrets for the guest; SEV-SNP only.
+   */
+  PRIVMEM_PAGE_SECRETS = 4,
+  /**
+   * The CPUID table; SEV-SNP only. One that the firmware refuses comes back
+   * in the source, with the values that it would accept.
+   */
+  PRIVMEM_PAGE_CPUID = 5,
+};
+
+/**
  * Private-capable guest memory of fixed size.
  */
 struct privmem_region;
@@ -43,6 +70,59 @@ struct privmem_region;
  * A VM: its trust agent, and which region its guest sees where.
  */
 struct privmem_vm;
+
+/**
+ * A trust agent of the caller's: who keeps private contents from the host.
+ *
+ * The functions are called on the thread that converts, populates, discards or
+ * resets, with the range locked: nobody converts it meanwhile. They must call
+ * no function of this library that waits for a lock (see struct
+ * privmem_listener), nor wait for a thread that does. Addresses are
+ * guest-physical; all numbers are in bytes. Functions that may fail return 0
+ * or a negative errno.
+ */
+struct privmem_agent {
+  /**
+   * `sizeof(struct privmem_agent)` as the caller was compiled.
+   */
+  size_t size;
+  /**
+   * Handed to the functions.
+   */
+  void *opaque;
+  /**
+   * In messages; copied.
+   */
+  const char *name;
+  /**
+   * Gives private pages their initial contents, in order of address; what is
+   * interrupted is the agent's to repeat. `source` is NULL for
+   * PRIVMEM_PAGE_ZERO.
+   */
+  int (*populate)(void *opaque,
+                  uint64_t gpa,
+                  uint64_t size,
+                  void *source,
+                  enum privmem_page_type page_type);
+  /**
+   * Ends the time for initial contents.
+   */
+  int (*finalize)(void *opaque);
+  /**
+   * The range is about to change side; if this fails, it does not. May be
+   * NULL, as the two below.
+   */
+  int (*before_convert)(void *opaque, uint64_t gpa, uint64_t size, bool to_private);
+  /**
+   * The range is on this side now, for good or again after a failure: once
+   * for every `before_convert` that succeeded.
+   */
+  void (*after_convert)(void *opaque, uint64_t gpa, uint64_t size, bool is_private);
+  /**
+   * Private pages of the range go without a conversion.
+   */
+  void (*invalidate)(void *opaque, uint64_t gpa, uint64_t size);
+};
 
 /**
  * What a region is made with. Zeroes but for `size` are the defaults: all
@@ -232,6 +312,118 @@ int privmem_vm_new_kvm(int vm_fd, struct privmem_vm **vm);
  * `vm` is NULL or valid for writing.
  */
 int privmem_vm_new_emulated(struct privmem_vm **vm);
+
+/**
+ * Makes a VM with the TDX module as its trust agent, through KVM: for a VM fd
+ * of type KVM_X86_TDX_VM, after KVM_TDX_INIT_VM. Like `privmem_vm_new_kvm`
+ * otherwise. Source: Documentation/virt/kvm/x86/intel-tdx.rst.
+ *
+ * # Safety
+ * `vm` is NULL or valid for writing; `vm_fd` stays open until the VM and all
+ * its regions are freed.
+ */
+int privmem_vm_new_tdx(int vm_fd, struct privmem_vm **vm);
+
+/**
+ * Tells the TDX agent the fd of a vCPU, after KVM_TDX_INIT_VCPU: initial
+ * contents are a command of a vCPU.
+ *
+ * Errors: -EINVAL for NULL, a negative fd, or a VM with another agent.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `vcpu_fd` stays open until the VM and all its
+ * regions are freed.
+ */
+int privmem_vm_set_tdx_vcpu(const struct privmem_vm *vm, int vcpu_fd);
+
+/**
+ * Makes a VM with the SEV-SNP firmware as its trust agent, through KVM: for a
+ * VM fd of type KVM_X86_SNP_VM, after KVM_SEV_INIT2, and /dev/sev. Like
+ * `privmem_vm_new_kvm` otherwise. Source:
+ * Documentation/virt/kvm/x86/amd-memory-encryption.rst.
+ *
+ * # Safety
+ * `vm` is NULL or valid for writing; both fds stay open until the VM and all
+ * its regions are freed.
+ */
+int privmem_vm_new_snp(int vm_fd, int sev_fd, struct privmem_vm **vm);
+
+/**
+ * KVM_SEV_SNP_LAUNCH_START: makes the guest's context, before any initial
+ * contents. `start` is a `struct kvm_sev_snp_launch_start` of <linux/kvm.h>.
+ *
+ * Errors: -EINVAL for NULL, another size, or a VM with another agent; what the
+ * kernel returned.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `start` is NULL or valid for reading
+ * `start_size` bytes.
+ */
+int privmem_vm_snp_start(const struct privmem_vm *vm, const void *start, size_t start_size);
+
+/**
+ * With what `privmem_vm_finalize` is to end the launch of an SEV-SNP guest: a
+ * `struct kvm_sev_snp_launch_finish` of <linux/kvm.h>; zeroes by default.
+ *
+ * Errors: -EINVAL for NULL, another size, or a VM with another agent.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `finish` is NULL or valid for reading
+ * `finish_size` bytes; what the addresses in it point to stays valid until
+ * `privmem_vm_finalize` has returned.
+ */
+int privmem_vm_snp_set_finish(const struct privmem_vm *vm, const void *finish, size_t finish_size);
+
+/**
+ * Makes a VM with a trust agent of the caller's. With `vm_fd`, KVM changes the
+ * side of memory (see `privmem_vm_new_kvm`); with -1 the VMM's mapping does
+ * (see `privmem_vm_new_emulated`). The table is copied.
+ *
+ * Errors: -EINVAL for NULL or a table that is too small, and those of the two
+ * functions.
+ *
+ * # Safety
+ * `vm` is NULL or valid for writing; `vm_fd` stays open as said there; `agent`
+ * is NULL or a table with a C string as its name, whose functions may be
+ * called with its `opaque`, from any thread, until the VM and all its regions
+ * are freed.
+ */
+int privmem_vm_new_agent(int vm_fd, const struct privmem_agent *agent, struct privmem_vm **vm);
+
+/**
+ * Gives `size` bytes at guest-physical `gpa` their initial contents, before the
+ * guest runs, from `source`: as many bytes at a multiple of the granule, NULL
+ * for PRIVMEM_PAGE_ZERO. All of the range must be bound; what is not private
+ * becomes so first. Interruptions are repeated. The order of calls is that of
+ * the measurement. `page_type` is one of `enum privmem_page_type`.
+ *
+ * Errors: -EINVAL for bad numbers, a source that does not fit, memory that is
+ * not bound, or a type that the agent does not know; -EPERM after
+ * `privmem_vm_finalize`; -EOPNOTSUPP for a software-protected VM, which has no
+ * initial contents; what the kernel returned, with the page and the status of
+ * the firmware in the message. The pages before it are done then.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `source` is NULL or valid for reading and
+ * writing `size` bytes, and nobody else touches it meanwhile.
+ */
+int privmem_vm_populate(const struct privmem_vm *vm,
+                        uint64_t gpa,
+                        uint64_t size,
+                        void *source,
+                        uint32_t page_type);
+
+/**
+ * Ends the time for initial contents: KVM_TDX_FINALIZE_VM,
+ * KVM_SEV_SNP_LAUNCH_FINISH, or nothing for other agents.
+ *
+ * Errors: -EPERM the second time; what the kernel returned: it may be called
+ * again then.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle.
+ */
+int privmem_vm_finalize(const struct privmem_vm *vm);
 
 /**
  * Frees the handle of a VM; NULL is ignored. Regions of the VM stay usable

@@ -70,6 +70,9 @@ pub enum Error {
     #[error("the guest's initial contents are final; nothing can be added to them")]
     Finalized,
 
+    #[error("trust agent '{name}' refuses: {source}")]
+    Agent { name: String, source: io::Error },
+
     /// A command to the agent's firmware or module failed.
     #[error("{command} failed{}: {source}{}", at_text(*.gpa), firmware_text(*.firmware))]
     Command {
@@ -168,9 +171,9 @@ impl Error {
             Error::NoInitialContents => libc::EOPNOTSUPP,
             Error::NoVcpu | Error::PageType(..) => libc::EINVAL,
             Error::Finalized => libc::EPERM,
-            Error::Kernel { source, .. } | Error::Command { source, .. } => {
-                source.raw_os_error().unwrap_or(libc::EIO)
-            }
+            Error::Kernel { source, .. }
+            | Error::Command { source, .. }
+            | Error::Agent { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::HopelessFault { .. } => libc::EFAULT,
             Error::Undone { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,

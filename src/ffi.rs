@@ -15,8 +15,9 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use crate::agent::{Agent, InitialPages, PageType, Snp, SnpFinish, SnpStart, Tdx};
 use crate::error::{Error, Result};
-use crate::kernel::NumaPolicy;
+use crate::kernel::{Kernel, Linux, NumaPolicy};
 use crate::listener::Listener;
 use crate::range::{GRANULE, Range};
 use crate::region::{Options, Region};
@@ -24,7 +25,153 @@ use crate::state::Side;
 use crate::vm::Vm;
 
 /// A VM: its trust agent, and which region its guest sees where.
-pub struct privmem_vm(Arc<Vm>);
+pub struct privmem_vm(Arc<Vm>, Launch);
+
+/// The agent of a VM, where it has functions of its own.
+enum Launch {
+    Plain,
+    Tdx(Arc<Tdx>),
+    Snp(Arc<Snp>),
+}
+
+/// What a page of initial contents is to the trust agent.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub enum privmem_page_type {
+    /// Contents that are part of the measurement.
+    PRIVMEM_PAGE_NORMAL = 1,
+    /// Contents that are not.
+    PRIVMEM_PAGE_UNMEASURED = 2,
+    /// Zeroes, without a source; SEV-SNP only.
+    PRIVMEM_PAGE_ZERO = 3,
+    /// Where the firmware puts secrets for the guest; SEV-SNP only.
+    PRIVMEM_PAGE_SECRETS = 4,
+    /// The CPUID table; SEV-SNP only. One that the firmware refuses comes back
+    /// in the source, with the values that it would accept.
+    PRIVMEM_PAGE_CPUID = 5,
+}
+
+/// A trust agent of the caller's: who keeps private contents from the host.
+///
+/// The functions are called on the thread that converts, populates, discards or
+/// resets, with the range locked: nobody converts it meanwhile. They must call
+/// no function of this library that waits for a lock (see struct
+/// privmem_listener), nor wait for a thread that does. Addresses are
+/// guest-physical; all numbers are in bytes. Functions that may fail return 0
+/// or a negative errno.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_agent {
+    /// `sizeof(struct privmem_agent)` as the caller was compiled.
+    pub size: usize,
+    /// Handed to the functions.
+    pub opaque: *mut c_void,
+    /// In messages; copied.
+    pub name: *const c_char,
+    /// Gives private pages their initial contents, in order of address; what is
+    /// interrupted is the agent's to repeat. `source` is NULL for
+    /// PRIVMEM_PAGE_ZERO.
+    pub populate: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            gpa: u64,
+            size: u64,
+            source: *mut c_void,
+            page_type: privmem_page_type,
+        ) -> c_int,
+    >,
+    /// Ends the time for initial contents.
+    pub finalize: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
+    /// The range is about to change side; if this fails, it does not. May be
+    /// NULL, as the two below.
+    pub before_convert: Option<
+        unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to_private: bool) -> c_int,
+    >,
+    /// The range is on this side now, for good or again after a failure: once
+    /// for every `before_convert` that succeeded.
+    pub after_convert:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, is_private: bool)>,
+    /// Private pages of the range go without a conversion.
+    pub invalidate: Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64)>,
+}
+
+/// A [`privmem_agent`] whose name is ours.
+struct CAgent {
+    name: String,
+    table: privmem_agent,
+}
+
+// SAFETY: whoever brings an agent promises that its functions may be called
+// with `opaque` from any thread.
+unsafe impl Send for CAgent {}
+// SAFETY: as above.
+unsafe impl Sync for CAgent {}
+
+impl CAgent {
+    fn result(&self, errno: c_int) -> Result<()> {
+        match errno {
+            0 => Ok(()),
+            errno => Err(Error::Agent {
+                name: self.name.clone(),
+                source: io::Error::from_raw_os_error(errno.checked_abs().unwrap_or(libc::EIO)),
+            }),
+        }
+    }
+}
+
+impl Agent for CAgent {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn populate(&self, pages: InitialPages) -> Result<()> {
+        let populate = self.table.populate.ok_or(Error::NoInitialContents)?;
+        let source = pages
+            .source
+            .map_or(std::ptr::null_mut(), <[u8]>::as_mut_ptr);
+        let (gpa, size) = (pages.gpa.start(), pages.gpa.len());
+        let page_type = match pages.page_type {
+            PageType::Normal => privmem_page_type::PRIVMEM_PAGE_NORMAL,
+            PageType::Unmeasured => privmem_page_type::PRIVMEM_PAGE_UNMEASURED,
+            PageType::Zero => privmem_page_type::PRIVMEM_PAGE_ZERO,
+            PageType::Secrets => privmem_page_type::PRIVMEM_PAGE_SECRETS,
+            PageType::Cpuid => privmem_page_type::PRIVMEM_PAGE_CPUID,
+        };
+        // SAFETY: the agent outlives its VM, and `source` has `size` bytes.
+        self.result(unsafe { populate(self.table.opaque, gpa, size, source.cast(), page_type) })
+    }
+
+    fn finalize(&self, _: &dyn Kernel) -> Result<()> {
+        // SAFETY: the agent outlives its VM.
+        self.table.finalize.map_or(Ok(()), |finalize| {
+            self.result(unsafe { finalize(self.table.opaque) })
+        })
+    }
+
+    fn before_convert(&self, gpa: Range, to: Side) -> Result<()> {
+        let Some(before) = self.table.before_convert else {
+            return Ok(());
+        };
+        let to_private = to == Side::Private;
+        // SAFETY: the agent outlives its VM.
+        self.result(unsafe { before(self.table.opaque, gpa.start(), gpa.len(), to_private) })
+    }
+
+    fn after_convert(&self, gpa: Range, side: Side) {
+        if let Some(after) = self.table.after_convert {
+            let is_private = side == Side::Private;
+            // SAFETY: the agent outlives its VM.
+            unsafe { after(self.table.opaque, gpa.start(), gpa.len(), is_private) }
+        }
+    }
+
+    fn invalidate(&self, gpa: Range) {
+        if let Some(invalidate) = self.table.invalidate {
+            // SAFETY: the agent outlives its VM.
+            unsafe { invalidate(self.table.opaque, gpa.start(), gpa.len()) }
+        }
+    }
+}
 
 /// Private-capable guest memory of fixed size.
 pub struct privmem_region(Arc<Region>);
@@ -253,13 +400,10 @@ pub extern "C" fn privmem_last_error() -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn privmem_vm_new_kvm(vm_fd: c_int, vm: *mut *mut privmem_vm) -> c_int {
     guard(|| {
-        if vm_fd < 0 {
-            return Err(Error::InvalidArgument("the VM fd is negative".into()));
-        }
-        // SAFETY: not negative, and open for as long as the VM lives by contract.
-        let new = Vm::with_kvm(unsafe { BorrowedFd::borrow_raw(vm_fd) })?;
+        // SAFETY: stays open, by contract.
+        let new = Vm::with_kvm(unsafe { static_fd(vm_fd, "the VM fd") }?)?;
         // SAFETY: `vm` is as `put` wants it, by contract.
-        unsafe { put_new(vm, privmem_vm(new), "vm") }
+        unsafe { put_new(vm, privmem_vm(new, Launch::Plain), "vm") }
     })
 }
 
@@ -274,7 +418,264 @@ pub unsafe extern "C" fn privmem_vm_new_kvm(vm_fd: c_int, vm: *mut *mut privmem_
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn privmem_vm_new_emulated(vm: *mut *mut privmem_vm) -> c_int {
     // SAFETY: `vm` is as `put` wants it, by contract.
-    guard(|| unsafe { put_new(vm, privmem_vm(Vm::emulated()?), "vm") })
+    guard(|| unsafe { put_new(vm, privmem_vm(Vm::emulated()?, Launch::Plain), "vm") })
+}
+
+/// Makes a VM with the TDX module as its trust agent, through KVM: for a VM fd
+/// of type KVM_X86_TDX_VM, after KVM_TDX_INIT_VM. Like `privmem_vm_new_kvm`
+/// otherwise. Source: Documentation/virt/kvm/x86/intel-tdx.rst.
+///
+/// # Safety
+/// `vm` is NULL or valid for writing; `vm_fd` stays open until the VM and all
+/// its regions are freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_new_tdx(vm_fd: c_int, vm: *mut *mut privmem_vm) -> c_int {
+    guard(|| {
+        // SAFETY: stays open, by contract.
+        let fd = unsafe { static_fd(vm_fd, "the VM fd") }?;
+        let tdx = Arc::new(Tdx::new(fd));
+        let new = Vm::with_agent(Arc::new(Linux), Some(fd), tdx.clone())?;
+        // SAFETY: `vm` is as `put` wants it, by contract.
+        unsafe { put_new(vm, privmem_vm(new, Launch::Tdx(tdx)), "vm") }
+    })
+}
+
+/// Tells the TDX agent the fd of a vCPU, after KVM_TDX_INIT_VCPU: initial
+/// contents are a command of a vCPU.
+///
+/// Errors: -EINVAL for NULL, a negative fd, or a VM with another agent.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `vcpu_fd` stays open until the VM and all its
+/// regions are freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_set_tdx_vcpu(vm: *const privmem_vm, vcpu_fd: c_int) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let Launch::Tdx(tdx) = &unsafe { borrow(vm, "vm") }?.1 else {
+            return Err(other_agent("TDX"));
+        };
+        // SAFETY: stays open, by contract.
+        tdx.set_vcpu(unsafe { static_fd(vcpu_fd, "the vCPU fd") }?);
+        Ok(())
+    })
+}
+
+/// Makes a VM with the SEV-SNP firmware as its trust agent, through KVM: for a
+/// VM fd of type KVM_X86_SNP_VM, after KVM_SEV_INIT2, and /dev/sev. Like
+/// `privmem_vm_new_kvm` otherwise. Source:
+/// Documentation/virt/kvm/x86/amd-memory-encryption.rst.
+///
+/// # Safety
+/// `vm` is NULL or valid for writing; both fds stay open until the VM and all
+/// its regions are freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_new_snp(
+    vm_fd: c_int,
+    sev_fd: c_int,
+    vm: *mut *mut privmem_vm,
+) -> c_int {
+    guard(|| {
+        // SAFETY: both stay open, by contract.
+        let (fd, sev) = unsafe {
+            (
+                static_fd(vm_fd, "the VM fd")?,
+                static_fd(sev_fd, "the fd of /dev/sev")?,
+            )
+        };
+        let snp = Arc::new(Snp::new(fd, sev));
+        let new = Vm::with_agent(Arc::new(Linux), Some(fd), snp.clone())?;
+        // SAFETY: `vm` is as `put` wants it, by contract.
+        unsafe { put_new(vm, privmem_vm(new, Launch::Snp(snp)), "vm") }
+    })
+}
+
+/// KVM_SEV_SNP_LAUNCH_START: makes the guest's context, before any initial
+/// contents. `start` is a `struct kvm_sev_snp_launch_start` of <linux/kvm.h>.
+///
+/// Errors: -EINVAL for NULL, another size, or a VM with another agent; what the
+/// kernel returned.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `start` is NULL or valid for reading
+/// `start_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_snp_start(
+    vm: *const privmem_vm,
+    start: *const c_void,
+    start_size: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        let Launch::Snp(snp) = &vm.1 else {
+            return Err(other_agent("SEV-SNP"));
+        };
+        // SAFETY: `start_size` bytes, by contract; any bytes are a valid one.
+        let start = unsafe { read_struct::<SnpStart>(start, start_size, "start") }?;
+        snp.start(vm.0.kernel.as_ref(), &start)
+    })
+}
+
+/// With what `privmem_vm_finalize` is to end the launch of an SEV-SNP guest: a
+/// `struct kvm_sev_snp_launch_finish` of <linux/kvm.h>; zeroes by default.
+///
+/// Errors: -EINVAL for NULL, another size, or a VM with another agent.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `finish` is NULL or valid for reading
+/// `finish_size` bytes; what the addresses in it point to stays valid until
+/// `privmem_vm_finalize` has returned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_snp_set_finish(
+    vm: *const privmem_vm,
+    finish: *const c_void,
+    finish_size: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let Launch::Snp(snp) = &unsafe { borrow(vm, "vm") }?.1 else {
+            return Err(other_agent("SEV-SNP"));
+        };
+        // SAFETY: `finish_size` bytes, by contract; any bytes are a valid one.
+        let finish = unsafe { read_struct::<SnpFinish>(finish, finish_size, "finish") }?;
+        // SAFETY: what it points to stays valid, by contract.
+        unsafe { snp.set_finish(finish) };
+        Ok(())
+    })
+}
+
+/// Makes a VM with a trust agent of the caller's. With `vm_fd`, KVM changes the
+/// side of memory (see `privmem_vm_new_kvm`); with -1 the VMM's mapping does
+/// (see `privmem_vm_new_emulated`). The table is copied.
+///
+/// Errors: -EINVAL for NULL or a table that is too small, and those of the two
+/// functions.
+///
+/// # Safety
+/// `vm` is NULL or valid for writing; `vm_fd` stays open as said there; `agent`
+/// is NULL or a table with a C string as its name, whose functions may be
+/// called with its `opaque`, from any thread, until the VM and all its regions
+/// are freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_new_agent(
+    vm_fd: c_int,
+    agent: *const privmem_agent,
+    vm: *mut *mut privmem_vm,
+) -> c_int {
+    guard(|| {
+        if agent.is_null() {
+            return Err(null("agent"));
+        }
+        // SAFETY: valid for reading, and as large as it says.
+        let table = *unsafe { versioned(agent, &raw const (*agent).size, "an agent") }?;
+        if table.name.is_null() {
+            return Err(null("the agent's name"));
+        }
+        // SAFETY: a C string, by contract.
+        let name = unsafe { CStr::from_ptr(table.name) }
+            .to_string_lossy()
+            .into_owned();
+        let fd = match vm_fd {
+            -1 => None,
+            // SAFETY: stays open, by contract.
+            fd => Some(unsafe { static_fd(fd, "the VM fd") }?),
+        };
+        let agent = Arc::new(CAgent { name, table });
+        let new = Vm::with_agent(Arc::new(Linux), fd, agent)?;
+        // SAFETY: `vm` is as `put` wants it, by contract.
+        unsafe { put_new(vm, privmem_vm(new, Launch::Plain), "vm") }
+    })
+}
+
+/// Gives `size` bytes at guest-physical `gpa` their initial contents, before the
+/// guest runs, from `source`: as many bytes at a multiple of the granule, NULL
+/// for PRIVMEM_PAGE_ZERO. All of the range must be bound; what is not private
+/// becomes so first. Interruptions are repeated. The order of calls is that of
+/// the measurement. `page_type` is one of `enum privmem_page_type`.
+///
+/// Errors: -EINVAL for bad numbers, a source that does not fit, memory that is
+/// not bound, or a type that the agent does not know; -EPERM after
+/// `privmem_vm_finalize`; -EOPNOTSUPP for a software-protected VM, which has no
+/// initial contents; what the kernel returned, with the page and the status of
+/// the firmware in the message. The pages before it are done then.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `source` is NULL or valid for reading and
+/// writing `size` bytes, and nobody else touches it meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_populate(
+    vm: *const privmem_vm,
+    gpa: u64,
+    size: u64,
+    source: *mut c_void,
+    page_type: u32,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        let page_type = match page_type {
+            1 => PageType::Normal,
+            2 => PageType::Unmeasured,
+            3 => PageType::Zero,
+            4 => PageType::Secrets,
+            5 => PageType::Cpuid,
+            other => {
+                let text = format!("{other} is no type of a page");
+                return Err(Error::InvalidArgument(text));
+            }
+        };
+        let bytes = isize::try_from(size).map_err(|_| Error::Overflow { start: gpa, size })?;
+        // SAFETY: `size` bytes that nobody else touches, by contract.
+        let source = (!source.is_null())
+            .then(|| unsafe { std::slice::from_raw_parts_mut(source.cast(), bytes as usize) });
+        vm.0.populate(gpa, size, source, page_type)
+    })
+}
+
+/// Ends the time for initial contents: KVM_TDX_FINALIZE_VM,
+/// KVM_SEV_SNP_LAUNCH_FINISH, or nothing for other agents.
+///
+/// Errors: -EPERM the second time; what the kernel returned: it may be called
+/// again then.
+///
+/// # Safety
+/// `vm` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_finalize(vm: *const privmem_vm) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(vm, "vm") }?.0.finalize())
+}
+
+fn other_agent(wanted: &str) -> Error {
+    Error::InvalidArgument(format!("the trust agent of this VM is not {wanted}"))
+}
+
+/// # Safety
+/// A `fd` that is not negative stays open for as long as the result is used.
+unsafe fn static_fd(fd: c_int, what: &str) -> Result<BorrowedFd<'static>> {
+    if fd < 0 {
+        return Err(Error::InvalidArgument(format!("{what} is negative")));
+    }
+    // SAFETY: not negative, and stays open by contract.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
+/// Copies a struct of the kernel's.
+///
+/// # Safety
+/// `from` is NULL or valid for reading `size` bytes, and any bytes are a valid
+/// `T`.
+unsafe fn read_struct<T: Copy>(from: *const c_void, size: usize, what: &str) -> Result<T> {
+    if from.is_null() {
+        return Err(null(what));
+    }
+    if size != size_of::<T>() {
+        let text = format!("{what} has {} bytes, not {size}", size_of::<T>());
+        return Err(Error::InvalidArgument(text));
+    }
+    // SAFETY: as many bytes as a `T` has, by contract.
+    Ok(unsafe { from.cast::<T>().read_unaligned() })
 }
 
 /// Hands a new handle to C, as a Box that the matching free function takes back.

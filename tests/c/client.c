@@ -69,6 +69,11 @@ static void null_is_an_error(void)
     CHECK(privmem_vm_convert(NULL, 0, PAGE, true, &len) == -EINVAL);
     CHECK(privmem_vm_memory_fault(NULL, 0, PAGE) == -EINVAL);
     CHECK(privmem_region_new(NULL, "r", PAGE, NULL, &region) == -EINVAL);
+    CHECK(privmem_vm_new_tdx(-1, &vm) == -EINVAL);
+    CHECK(privmem_vm_new_snp(-1, -1, &vm) == -EINVAL);
+    CHECK(privmem_vm_finalize(NULL) == -EINVAL);
+    CHECK(privmem_vm_populate(NULL, 0, PAGE, NULL, 3) == -EINVAL);
+    CHECK(privmem_vm_new_agent(-1, NULL, NULL) == -EINVAL);
     CHECK(privmem_region_shared_fd(NULL) == -EINVAL);
     CHECK(privmem_region_private_fd(NULL) == -EINVAL);
     CHECK(privmem_region_set_host_mapping(NULL, text) == -EINVAL);
@@ -192,6 +197,108 @@ static void convert_in_threads(const struct privmem_vm *vm)
     }
 }
 
+/* A trust agent of ours: counts what it is told, and refuses one page. */
+struct agent {
+    int before, after, invalidated, populated, finalized;
+    uint64_t refused;
+};
+
+static int agent_populate(void *opaque, uint64_t gpa, uint64_t size,
+                          void *source, enum privmem_page_type page_type)
+{
+    struct agent *agent = opaque;
+
+    if (page_type == PRIVMEM_PAGE_ZERO) {
+        return source == NULL && size == PAGE ? 0 : -EINVAL;
+    }
+    agent->populated += *(unsigned char *)source;
+    return gpa == agent->refused ? -EACCES : 0;
+}
+
+static int agent_finalize(void *opaque)
+{
+    ((struct agent *)opaque)->finalized++;
+    return 0;
+}
+
+static int agent_before(void *opaque, uint64_t gpa, uint64_t size,
+                        bool to_private)
+{
+    struct agent *agent = opaque;
+
+    (void)size;
+    agent->before += to_private ? 1 : 100;
+    return gpa == agent->refused ? -EACCES : 0;
+}
+
+static void agent_after(void *opaque, uint64_t gpa, uint64_t size,
+                        bool is_private)
+{
+    (void)gpa;
+    (void)size;
+    ((struct agent *)opaque)->after += is_private ? 1 : 100;
+}
+
+static void agent_invalidate(void *opaque, uint64_t gpa, uint64_t size)
+{
+    (void)gpa;
+    ((struct agent *)opaque)->invalidated += size / PAGE;
+}
+
+static void a_client_brings_its_own_agent(void)
+{
+    static unsigned char source[2 * PAGE] __attribute__((aligned(4096)));
+    struct agent agent = { .refused = 7 * PAGE };
+    struct privmem_agent table = {
+        .size = sizeof(table),
+        .opaque = &agent,
+        .name = "ours",
+        .populate = agent_populate,
+        .finalize = agent_finalize,
+        .before_convert = agent_before,
+        .after_convert = agent_after,
+        .invalidate = agent_invalidate,
+    };
+    struct privmem_vm *vm = NULL;
+    struct privmem_region *region = NULL;
+
+    CHECK(privmem_vm_new_agent(-1, NULL, &vm) == -EINVAL);
+    table.size--;
+    CHECK(privmem_vm_new_agent(-1, &table, &vm) == -EINVAL);
+    table.size++;
+    CHECK(privmem_vm_new_agent(-2, &table, &vm) == -EINVAL);
+    CHECK(privmem_vm_new_agent(-1, &table, &vm) == 0);
+    CHECK(privmem_vm_set_tdx_vcpu(vm, 0) == -EINVAL);
+    CHECK(privmem_vm_snp_start(vm, source, 64) == -EINVAL);
+    CHECK(privmem_vm_snp_set_finish(vm, source, 64) == -EINVAL);
+    CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, NULL, &region) == 0);
+    CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
+
+    CHECK(convert(vm, PAGE, 2 * PAGE, true) == 0);
+    CHECK(convert(vm, PAGE, PAGE, false) == 0);
+    CHECK(agent.before == 101 && agent.after == 101);
+    CHECK(convert(vm, 7 * PAGE, PAGE, true) == -EACCES);
+    CHECK(strstr(privmem_last_error(), "ours") != NULL);
+    CHECK(agent.before == 102 && agent.after == 101);
+    CHECK(privmem_region_discard(region, 0, 8 * PAGE) == 0);
+    CHECK(agent.invalidated == 1);
+
+    memset(source, 3, PAGE);
+    memset(source + PAGE, 4, PAGE);
+    CHECK(privmem_vm_populate(vm, 0, PAGE, source, 0) == -EINVAL);
+    CHECK(privmem_vm_populate(vm, 0, UINT64_MAX, source, 1) == -EINVAL);
+    CHECK(privmem_vm_populate(vm, 0, PAGE, NULL, PRIVMEM_PAGE_NORMAL) == -EINVAL);
+    CHECK(privmem_vm_populate(vm, 0, PAGE, NULL, PRIVMEM_PAGE_ZERO) == 0);
+    CHECK(privmem_vm_populate(vm, 0, PAGE, source + PAGE,
+                              PRIVMEM_PAGE_UNMEASURED) == 0);
+    CHECK(agent.populated == 4);
+    CHECK(privmem_vm_finalize(vm) == 0 && agent.finalized == 1);
+    CHECK(privmem_vm_finalize(vm) == -EPERM);
+    CHECK(privmem_vm_populate(vm, 0, PAGE, source, PRIVMEM_PAGE_NORMAL) == -EPERM);
+    privmem_region_free(region);
+    privmem_vm_free(vm);
+}
+
 int main(void)
 {
     struct privmem_vm *vm = NULL, *other_vm = NULL;
@@ -210,6 +317,7 @@ int main(void)
     unsigned char *host;
 
     null_is_an_error();
+    a_client_brings_its_own_agent();
     CHECK(privmem_version()[0] != '\0');
 
     CHECK(privmem_vm_new_emulated(&vm) == 0);

@@ -204,8 +204,8 @@ impl Command {
     pub fn of_tdx(region: &TdxInitMemRegion, measure: bool) -> Option<Command> {
         // tdx_vcpu_init_mem_region().
         let bad = region.source_addr == 0
-            || region.source_addr % 4096 != 0
-            || region.gpa % 4096 != 0
+            || !region.source_addr.is_multiple_of(4096)
+            || !region.gpa.is_multiple_of(4096)
             || region.nr_pages == 0;
         (!bad).then_some(Command {
             gfn: region.gpa / 4096,
@@ -218,9 +218,9 @@ impl Command {
     pub fn of_snp(update: &kvm_bindings::kvm_sev_snp_launch_update) -> Option<Command> {
         // snp_launch_update().
         let zero = kvm_bindings::KVM_SEV_SNP_PAGE_TYPE_ZERO as u8;
-        let no_source = update.uaddr == 0 || update.uaddr % 4096 != 0;
+        let no_source = update.uaddr == 0 || !update.uaddr.is_multiple_of(4096);
         let bad = update.len == 0
-            || update.len % 4096 != 0
+            || !update.len.is_multiple_of(4096)
             || update.flags != 0
             || ![1, 3, 4, 5, 6].contains(&update.type_)
             || (update.type_ != zero && no_source);

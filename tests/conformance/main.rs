@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `machine` | what an agent must bring to be tested, and what rules are written with |
 //! | `rules`, `random` | the rules |
-//! | `emulated`, `model`, `kvm` | the agents |
+//! | `emulated`, `kvm`, `model`, `tdx_model`, `snp_model` | the agents |
 //!
 //! Every rule is a test of every agent, such as `kvm::changed_side_reads_zero`.
 //! A new rule is named in the list below. A new agent is a module that
@@ -56,6 +56,8 @@ mod machine;
 mod model;
 mod random;
 mod rules;
+mod snp_model;
+mod tdx_model;
 
 use machine::{Guest, Machine};
 

@@ -1,28 +1,69 @@
-//! A software-protected VM on the model of the kernel, which also sees rules
-//! broken that no guest can.
+//! VMs on the model of the kernel, which also sees rules broken that no guest
+//! can: a software-protected one, and those of the MODELS of a TDX module and of
+//! SEV-SNP firmware. No hardware is used.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use privmem::agent::{Snp, SnpStart, Tdx};
 use privmem::{Region, Side, Vm};
 
-use crate::common::Model;
+use crate::common::firmware::{SnpFirmware, TdxModule};
+use crate::common::{Model, stand_in_fd};
 use crate::machine::{Machine, Slot};
 
-pub struct OnModel {
-    kernel: Arc<Model>,
-    vm: Arc<Vm>,
+/// What keeps private contents on the model.
+pub trait Keeper {
+    /// A VM that has been launched.
+    fn vm(kernel: &Arc<Model>) -> Arc<Vm>;
 }
 
-impl Machine for OnModel {
+pub struct Kvm;
+
+impl Keeper for Kvm {
+    fn vm(kernel: &Arc<Model>) -> Arc<Vm> {
+        kernel.vm()
+    }
+}
+
+impl Keeper for TdxModule {
+    fn vm(kernel: &Arc<Model>) -> Arc<Vm> {
+        let agent = Arc::new(Tdx::new(stand_in_fd()));
+        launched(kernel.vm_with(agent, TdxModule::default()))
+    }
+}
+
+impl Keeper for SnpFirmware {
+    fn vm(kernel: &Arc<Model>) -> Arc<Vm> {
+        let agent = Arc::new(Snp::new(stand_in_fd(), stand_in_fd()));
+        let vm = kernel.vm_with(agent.clone(), SnpFirmware::default());
+        agent.start(kernel.as_ref(), &SnpStart::default()).unwrap();
+        launched(vm)
+    }
+}
+
+fn launched(vm: Arc<Vm>) -> Arc<Vm> {
+    vm.finalize().unwrap();
+    vm
+}
+
+pub struct OnModel<K> {
+    kernel: Arc<Model>,
+    vm: Arc<Vm>,
+    keeper: PhantomData<K>,
+}
+
+impl<K: Keeper> Machine for OnModel<K> {
     fn missing() -> Option<String> {
         None
     }
 
-    fn new() -> OnModel {
+    fn new() -> OnModel<K> {
         let kernel = Model::new();
-        let vm = kernel.vm();
-        OnModel { kernel, vm }
+        let vm = K::vm(&kernel);
+        let keeper = PhantomData;
+        OnModel { kernel, vm, keeper }
     }
 
     fn vm(&self) -> &Arc<Vm> {
@@ -62,4 +103,4 @@ impl Machine for OnModel {
     }
 }
 
-conformance_tests!(OnModel);
+conformance_tests!(OnModel<Kvm>);
