@@ -267,7 +267,7 @@ static void test_extents_of_some(void)
     qobject_unref(info);
 
     /* The next page tells of its own moment. */
-    convert_ok(qts, 0, RAM_SIZE, true);
+    convert_ok(qts, 1 * MiB, RAM_SIZE - 1 * MiB, true);
     info = query_page(qts, 1 * MiB + 4 * PAGE, 2);
     g_assert_cmpint(qlist_size(qdict_get_qlist(info, "extents")), ==, 1);
     g_assert_false(qdict_haskey(info, "next"));
@@ -275,7 +275,7 @@ static void test_extents_of_some(void)
     g_assert_cmpint(qdict_get_int(extent, "offset"), ==, 1 * MiB + 4 * PAGE);
     g_assert_true(qdict_get_bool(extent, "private"));
     qobject_unref(info);
-    convert_ok(qts, 0, RAM_SIZE, false);
+    convert_ok(qts, 1 * MiB, RAM_SIZE - 1 * MiB, false);
     convert_ok(qts, 1 * MiB, PAGE, true);
 
     info = query(qts, "ram0");
