@@ -20,6 +20,8 @@ use crate::Lab;
 use crate::qmp::{DEADLINE, Qmp};
 
 pub const PAGE: u64 = 4096;
+/// How many extents are asked for at a time: few, so that lists have many pages.
+const EXTENTS_LIMIT: usize = 64;
 pub const OUR_GUEST: &str = "-bios /guest/guest.bin";
 /// The usual private machine, all its memory in one object `ram0`.
 pub const PRIVATE: &str = "-m 256M -object sw-protected-guest,id=cgs0 \
@@ -288,6 +290,11 @@ impl Machine {
         self.ask_ok(&format!("check {addr:#x} {pages} {seed}"))
     }
 
+    /// Compares with what was written when the memory was at another address.
+    pub fn check_moved(&mut self, addr: u64, at: u64, pages: u64, seed: u64) -> Result<()> {
+        self.ask_ok(&format!("check {addr:#x} {pages} {seed} {at:#x}"))
+    }
+
     pub fn check_zero(&mut self, addr: u64, pages: u64) -> Result<()> {
         self.ask_ok(&format!("check {addr:#x} {pages} zero"))
     }
@@ -333,6 +340,25 @@ impl Machine {
         Ok(counts)
     }
 
+    /// What the guest itself takes for private in its two halves, which begin at `offset`.
+    pub fn guest_map(&mut self, mut offset: u64) -> Result<Vec<Extent>> {
+        let reply = self.ask("map")?;
+        let lengths = reply
+            .strip_prefix("map ")
+            .with_context(|| format!("odd reply: {reply}"))?;
+        let mut map = Vec::new();
+        for (i, pages) in lengths.split_whitespace().enumerate() {
+            let size = pages.parse::<u64>()? * PAGE;
+            map.push(Extent {
+                offset,
+                size,
+                private: i % 2 == 1,
+            });
+            offset += size;
+        }
+        Ok(map)
+    }
+
     /// Ends the guest by its own hand and checks that QEMU ends with its status.
     pub fn finish(mut self) -> Result<()> {
         self.send("exit 21")?;
@@ -359,6 +385,40 @@ impl Machine {
                 at.with_context(|| format!("query-private-memory does not list {id}"))?,
             ),
         )
+    }
+
+    /// All extents of an object, as QEMU lists them, page by page.
+    pub fn extents(&mut self, id: &str) -> Result<Vec<Extent>> {
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut start = 0;
+        loop {
+            let page = self.extents_page(id, start)?;
+            for extent in page.extents {
+                ensure!(
+                    extent.offset == start && extent.size > 0,
+                    "an extent should begin at {start:#x}: {extent:?}"
+                );
+                start += extent.size;
+                extents.push(extent);
+            }
+            match page.next {
+                Some(next) if next == start => {}
+                None if start == page.size => return Ok(extents),
+                next => bail!("extents end at {start:#x} but the next page is at {next:x?}"),
+            }
+        }
+    }
+
+    fn extents_page(&mut self, id: &str, start: u64) -> Result<ExtentsPage> {
+        let arguments = json!({"id": id, "start": start, "limit": EXTENTS_LIMIT});
+        let mut answer = self.qmp.call("query-private-memory", arguments)?;
+        let page: ExtentsPage = serde_json::from_value(answer[0].take())?;
+        let count = page.extents.len();
+        ensure!(
+            (1..=EXTENTS_LIMIT).contains(&count),
+            "a page from {start:#x} on has {count} extents"
+        );
+        Ok(page)
     }
 
     /// The operator's request.
@@ -437,6 +497,34 @@ pub struct Slot {
     pub address: u64,
     pub size: u64,
     pub offset: u64,
+}
+
+/// Neighbouring memory of an object that is all on one side.
+#[derive(Deserialize, Clone, Copy, Debug, PartialEq)]
+pub struct Extent {
+    pub offset: u64,
+    pub size: u64,
+    pub private: bool,
+}
+
+/// The part of what query-private-memory returns that lists extents.
+#[derive(Deserialize)]
+struct ExtentsPage {
+    size: u64,
+    extents: Vec<Extent>,
+    next: Option<u64>,
+}
+
+/// The same extents without empty ones, and with neighbours of one side in one.
+pub fn joined(extents: impl IntoIterator<Item = Extent>) -> Vec<Extent> {
+    let mut joined: Vec<Extent> = Vec::new();
+    for extent in extents.into_iter().filter(|extent| extent.size > 0) {
+        match joined.last_mut() {
+            Some(last) if last.private == extent.private => last.size += extent.size,
+            _ => joined.push(extent),
+        }
+    }
+    joined
 }
 
 impl PrivateMemory {
