@@ -180,7 +180,8 @@ impl Linux {
             id,
             data,
             sev_fd: sev.as_raw_fd() as u32,
-            ..Default::default()
+            pad0: 0,
+            error: 0,
         };
         // SAFETY: `command` is the struct that this ioctl reads and writes.
         let value = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_MEMORY_ENCRYPT_OP, &mut command) };

@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use privmem::kernel::{Kernel, Linux};
+use kvm_bindings::kvm_sev_snp_launch_update;
+use privmem::agent::{SnpFinish, SnpStart};
+use privmem::kernel::{Kernel, Linux, TdxInitMemRegion};
 use privmem::{Error, GRANULE, Range, Vm};
 
 const PAGE: usize = GRANULE as usize;
@@ -102,6 +104,30 @@ fn what_is_no_vm_is_refused_by_every_call() {
     assert_eq!(errno(created), Some(libc::ENOTTY));
     let set = Linux.set_memory_attributes(fd, granules(0, 1), 8);
     assert_eq!(errno(set), Some(libc::ENOTTY));
+}
+
+#[test]
+fn commands_to_a_firmware_say_what_the_kernel_says() {
+    let fd = forever(memfd(1).into());
+    // SAFETY: the structs are of the kernel's, and zeroes are valid ones.
+    let (start, mut update, finish): (SnpStart, kvm_sev_snp_launch_update, SnpFinish) =
+        unsafe { std::mem::zeroed() };
+    let mut region = TdxInitMemRegion::default();
+    // SAFETY: no pages are to be read.
+    let results = unsafe {
+        [
+            Linux.tdx_init_mem_region(fd, &mut region, true),
+            Linux.tdx_finalize(fd),
+            Linux.snp_launch_start(fd, fd, &start),
+            Linux.snp_launch_update(fd, fd, &mut update),
+            Linux.snp_launch_finish(fd, fd, &finish),
+        ]
+    };
+    for result in results {
+        let error = result.unwrap_err();
+        assert_eq!(error.error.raw_os_error(), Some(libc::ENOTTY));
+        assert_eq!(error.firmware, 0);
+    }
 }
 
 #[test]

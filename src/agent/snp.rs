@@ -18,6 +18,20 @@ use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::range::GRANULE;
 
+/// Neither an ID block nor data of the host. (Written out: of kvm-bindings only
+/// layouts are used, no code.)
+const NOTHING: SnpFinish = SnpFinish {
+    id_block_uaddr: 0,
+    id_auth_uaddr: 0,
+    id_block_en: 0,
+    auth_key_en: 0,
+    vcek_disabled: 0,
+    host_data: [0; 32],
+    pad0: [0; 3],
+    flags: 0,
+    pad1: [0; 4],
+};
+
 /// The agent of a `KVM_X86_SNP_VM`.
 ///
 /// A conversion changes the owner of pages in the RMP when the guest next
@@ -32,7 +46,7 @@ pub struct Snp {
 impl Snp {
     /// `vm` is KVM's VM fd, initialized by `KVM_SEV_INIT2`, `sev` is /dev/sev.
     pub fn new(vm: BorrowedFd<'static>, sev: BorrowedFd<'static>) -> Snp {
-        let finish = Mutex::default();
+        let finish = Mutex::new(NOTHING);
         Snp { vm, sev, finish }
     }
 
@@ -74,7 +88,10 @@ impl Agent for Snp {
             uaddr: pages.source.map_or(0, |source| source.as_mut_ptr() as u64),
             len: pages.gpa.len(),
             type_: page_type as u8,
-            ..Default::default()
+            pad0: 0,
+            flags: 0,
+            pad1: 0,
+            pad2: [0; 4],
         };
         let kernel = pages.kernel;
         let mut failed_at = None;
