@@ -168,6 +168,14 @@ pub fn build(cx: &Context, line: Line, targets: &[&str], extra: &[String]) -> Re
     })
 }
 
+/// The kernel's headers that a QEMU of the newest line brings.
+pub fn kernel_headers(cx: &Context) -> Result<PathBuf> {
+    let _guard = cx.cache.lock()?;
+    setup::packages(cx, setup::BUILD)?;
+    let work = Work::new(cx, Line::ALL[0], &[])?;
+    Ok(work.pristine.join("linux-headers"))
+}
+
 /// Where one configuration of one line is built.
 struct Work {
     version: String,

@@ -234,7 +234,23 @@ fn header_suite(cx: &Context) -> Result<Tally> {
             tally.check(&format!("{compiler} {standard}"), result);
         }
     }
+    match qemu::kernel_headers(cx) {
+        Ok(headers) => tally.check("layouts", layouts(cx, &headers)),
+        Err(why) => tally.skipped.push(format!("layouts: {why:#}")),
+    }
     Ok(tally)
+}
+
+/// The kernel's structs that the library defines are as the kernel's header
+/// has them.
+fn layouts(cx: &Context, headers: &Path) -> Result<()> {
+    let mut command = Command::new("gcc");
+    command
+        .args(WARNINGS)
+        .args(["-fsyntax-only", "-std=c11", "-isystem"])
+        .arg(headers)
+        .arg(cx.root.join("tests/layouts.c"));
+    run::ask(&mut command).map(drop)
 }
 
 fn cargo_test(cx: &Context, label: &str, selection: &[&str]) -> Result<Tally> {
