@@ -266,6 +266,16 @@ static void test_extents_of_some(void)
     g_assert_cmpint(qdict_get_int(info, "next"), ==, 1 * MiB + 4 * PAGE);
     qobject_unref(info);
 
+    /* The next page tells of its own moment. */
+    convert_ok(qts, 1 * MiB, RAM_SIZE - 1 * MiB, true);
+    info = query_page(qts, 1 * MiB + 4 * PAGE, 2);
+    g_assert_cmpint(qlist_size(qdict_get_qlist(info, "extents")), ==, 1);
+    g_assert_false(qdict_haskey(info, "next"));
+    extent = qobject_to(QDict, qlist_peek(qdict_get_qlist(info, "extents")));
+    g_assert_cmpint(qdict_get_int(extent, "offset"), ==, 1 * MiB + 4 * PAGE);
+    g_assert_true(qdict_get_bool(extent, "private"));
+    qobject_unref(info);
+
     info = query(qts, "ram0");
     g_assert_false(qdict_haskey(info, "extents"));
     g_assert_false(qdict_haskey(info, "next"));
