@@ -3,7 +3,8 @@
  * line; lines before it that start with '#' are remarks. Numbers are decimal or 0x hex.
  *
  *   fill ADDR PAGES SEED                 write the pattern of SEED            -> ok
- *   check ADDR PAGES SEED|zero           compare every word                   -> ok | bad ...
+ *   check ADDR PAGES SEED|zero [AT]      compare every word; AT is where the
+ *                                        pattern was written                  -> ok | bad ...
  *   convert ADDR PAGES private|shared    KVM_HC_MAP_GPA_RANGE                 -> ret N
  *   hypercall NR A B C                   any hypercall                        -> ret N
  *   churn BASE PAGES COUNT SEED          COUNT conversions, contents checked  -> churn ...
@@ -14,6 +15,7 @@
  *   shadow                               run from a copy of the ROM in RAM    -> ok
  *   pam REGISTER VALUE                   q35: what 768 KiB to 1 MiB leads to  -> ok
  *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
+ *   eject SLOT                           q35: the DIMM may be unplugged       -> ok
  *   exit STATUS                          leave through isa-debug-exit
  */
 #include <stdbool.h>
@@ -278,13 +280,13 @@ struct mismatch {
 	u64 addr, expected, found;
 };
 
-/* Seed 0 stands for zeroes. */
-static bool matches(u64 addr, u64 pages, u64 seed, struct mismatch *bad)
+/* Whether addr holds what was written at another address. Seed 0 stands for zeroes. */
+static bool matches_moved(u64 addr, u64 at, u64 pages, u64 seed, struct mismatch *bad)
 {
 	volatile u64 *p = (u64 *)addr;
 
 	for (u64 i = 0; i < pages * WORDS; i++) {
-		u64 expected = seed ? pattern((u64)&p[i], seed) : 0;
+		u64 expected = seed ? pattern(at + i * sizeof(u64), seed) : 0;
 		u64 found = p[i];
 
 		if (found != expected) {
@@ -293,6 +295,11 @@ static bool matches(u64 addr, u64 pages, u64 seed, struct mismatch *bad)
 		}
 	}
 	return true;
+}
+
+static bool matches(u64 addr, u64 pages, u64 seed, struct mismatch *bad)
+{
+	return matches_moved(addr, addr, pages, seed, bad);
 }
 
 static void put_mismatch(const struct mismatch *bad)
@@ -732,6 +739,22 @@ static void remap(u64 base, u64 pages, u64 count, u64 seed)
 	churn_report("remap", &churns[0], &churns[1]);
 }
 
+/* ---- DIMMs ---- */
+
+/* ACPI's registers for memory hotplug, where q35 has them. */
+enum {
+	DIMM_SELECT = 0xa00,
+	DIMM_CONTROL = 0xa14,
+	DIMM_EJECT = 1 << 3,
+};
+
+/* Says that we do without the DIMM that the VMM wants back. */
+static void eject(u32 slot)
+{
+	outl(DIMM_SELECT, slot);
+	outb(DIMM_CONTROL, DIMM_EJECT);
+}
+
 /* ---- commands ---- */
 
 static bool same(const char *a, const char *b)
@@ -772,11 +795,11 @@ static int split(char *line, char *word[], int max)
 	return n;
 }
 
-static void check(u64 addr, u64 pages, const char *what)
+static void check(u64 addr, u64 pages, const char *what, u64 at)
 {
 	struct mismatch bad;
 
-	if (matches(addr, pages, same(what, "zero") ? 0 : number(what), &bad))
+	if (matches_moved(addr, at, pages, same(what, "zero") ? 0 : number(what), &bad))
 		put("ok");
 	else
 		put_mismatch(&bad);
@@ -799,8 +822,8 @@ static bool obey(char *word[], int n)
 	if (n == 4 && same(word[0], "fill")) {
 		fill(a[0], a[1], a[2]);
 		put("ok\n");
-	} else if (n == 4 && same(word[0], "check")) {
-		check(a[0], a[1], word[3]);
+	} else if ((n == 4 || n == 5) && same(word[0], "check")) {
+		check(a[0], a[1], word[3], n == 5 ? a[3] : a[0]);
 	} else if (n == 4 && same(word[0], "convert")) {
 		put_ret(convert(a[0], a[1], same(word[3], "private")));
 	} else if (n == 5 && same(word[0], "hypercall")) {
@@ -823,6 +846,9 @@ static bool obey(char *word[], int n)
 		put("ok\n");
 	} else if (n == 5 && same(word[0], "remap") && ap_alive && shadowed && a[1] && a[1] <= MAX_PAGES) {
 		remap(a[0], a[1], a[2], a[3]);
+	} else if (n == 2 && same(word[0], "eject")) {
+		eject(a[0]);
+		put("ok\n");
 	} else if (n == 2 && same(word[0], "exit")) {
 		leave(a[0]);
 	} else {

@@ -20,6 +20,8 @@ use crate::Lab;
 use crate::qmp::{DEADLINE, Qmp};
 
 pub const PAGE: u64 = 4096;
+/// How many extents are asked for at a time: few, so that lists have many pages.
+const EXTENTS_LIMIT: usize = 64;
 pub const OUR_GUEST: &str = "-bios /guest/guest.bin";
 /// The usual private machine, all its memory in one object `ram0`.
 pub const PRIVATE: &str = "-m 256M -object sw-protected-guest,id=cgs0 \
@@ -288,6 +290,11 @@ impl Machine {
         self.ask_ok(&format!("check {addr:#x} {pages} {seed}"))
     }
 
+    /// Compares with what was written when the memory was at another address.
+    pub fn check_moved(&mut self, addr: u64, at: u64, pages: u64, seed: u64) -> Result<()> {
+        self.ask_ok(&format!("check {addr:#x} {pages} {seed} {at:#x}"))
+    }
+
     pub fn check_zero(&mut self, addr: u64, pages: u64) -> Result<()> {
         self.ask_ok(&format!("check {addr:#x} {pages} zero"))
     }
@@ -359,6 +366,40 @@ impl Machine {
                 at.with_context(|| format!("query-private-memory does not list {id}"))?,
             ),
         )
+    }
+
+    /// All extents of an object, as QEMU lists them, page by page.
+    pub fn extents(&mut self, id: &str) -> Result<Vec<Extent>> {
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut start = 0;
+        loop {
+            let page = self.extents_page(id, start)?;
+            for extent in page.extents {
+                ensure!(
+                    extent.offset == start && extent.size > 0,
+                    "an extent should begin at {start:#x}: {extent:?}"
+                );
+                start += extent.size;
+                extents.push(extent);
+            }
+            match page.next {
+                Some(next) if next == start => {}
+                None if start == page.size => return Ok(extents),
+                next => bail!("extents end at {start:#x} but the next page is at {next:x?}"),
+            }
+        }
+    }
+
+    fn extents_page(&mut self, id: &str, start: u64) -> Result<ExtentsPage> {
+        let arguments = json!({"id": id, "start": start, "limit": EXTENTS_LIMIT});
+        let mut answer = self.qmp.call("query-private-memory", arguments)?;
+        let page: ExtentsPage = serde_json::from_value(answer[0].take())?;
+        let count = page.extents.len();
+        ensure!(
+            (1..=EXTENTS_LIMIT).contains(&count),
+            "a page from {start:#x} on has {count} extents"
+        );
+        Ok(page)
     }
 
     /// The operator's request.
@@ -437,6 +478,22 @@ pub struct Slot {
     pub address: u64,
     pub size: u64,
     pub offset: u64,
+}
+
+/// Neighbouring memory of an object that is all on one side.
+#[derive(Deserialize, Clone, Copy, Debug, PartialEq)]
+pub struct Extent {
+    pub offset: u64,
+    pub size: u64,
+    pub private: bool,
+}
+
+/// The part of what query-private-memory returns that lists extents.
+#[derive(Deserialize)]
+struct ExtentsPage {
+    size: u64,
+    extents: Vec<Extent>,
+    next: Option<u64>,
 }
 
 impl PrivateMemory {

@@ -63,14 +63,17 @@ impl Qmp {
         }
     }
 
-    /// Waits until QEMU has sent the event.
+    /// Waits for the event, or takes the oldest that came before.
     pub fn event(&mut self, name: &str) -> Result<()> {
-        while !self.events.iter().any(|event| event == name) {
+        loop {
+            if let Some(at) = self.events.iter().position(|event| event == name) {
+                self.events.remove(at);
+                return Ok(());
+            }
             let answer = self.receive(&format!("the QMP event {name}"))?;
             self.events
                 .extend(answer["event"].as_str().map(String::from));
         }
-        Ok(())
     }
 
     fn receive(&mut self, awaited: &str) -> Result<Value> {

@@ -12,7 +12,8 @@ use nix::libc;
 use serde_json::{Value, json};
 
 use crate::machine::{
-    Launch, Machine, OUR_GUEST, PAGE, PRIVATE, PrivateMemory, Side, convert_arguments, pattern,
+    Extent, Launch, Machine, OUR_GUEST, PAGE, PRIVATE, PrivateMemory, Side, convert_arguments,
+    pattern,
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
@@ -90,6 +91,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("bad-requests-guest", bad_requests_guest),
         Scenario::new("object-add-del", object_add_del),
         Scenario::new("object-add-dimm", object_add_dimm),
+        Scenario::new("dimm-keeps-state", dimm_keeps_state),
         Scenario::new("object-in-use", object_in_use),
         Scenario::new("fd-limit", fd_limit),
         Scenario::new("no-memory", no_memory),
@@ -540,6 +542,16 @@ fn operator_against_guest(lab: &Lab) -> Result<()> {
     machine.finish()
 }
 
+/// Names the first that differs instead of all.
+fn same_extents(found: &[Extent], expected: &[Extent]) -> Result<()> {
+    let differ = found.iter().zip(expected).find(|(a, b)| a != b);
+    ensure!(
+        differ.is_none(),
+        "an extent, and what it should be: {differ:x?}"
+    );
+    same("number of extents", found.len(), expected.len())
+}
+
 // ---- slots that come and go ----
 
 /// The q35 host bridge's registers for 768 to 960 KiB, two times 16 KiB each. After a reset there is
@@ -904,26 +916,41 @@ fn object_add_del(lab: &Lab) -> Result<()> {
     machine.finish()
 }
 
-/// An object made at run time becomes memory of the guest by plugging it in as a DIMM.
-fn object_add_dimm(lab: &Lab) -> Result<()> {
-    let mut machine = Launch::kvm(lab)
+const DIMM: u64 = 128 << 20;
+
+/// A machine that has room for DIMMs.
+fn machine_for_dimms(lab: &Lab) -> Result<Machine> {
+    Launch::kvm(lab)
         .with(&PRIVATE.replace("-m 256M", "-m 256M,slots=2,maxmem=1G"))
         .with(OUR_GUEST)
-        .start_guest()?;
-    machine
-        .qmp
-        .call("object-add", object_add("ram1", 128 << 20))?;
-    machine.qmp.call(
-        "device_add",
-        json!({"driver": "pc-dimm", "id": "dimm1", "memdev": "ram1"}),
-    )?;
-    let info = machine.region("ram1")?;
-    let base = info
-        .slots
-        .first()
-        .context("the plugged object has no slot")?
-        .address;
-    same("the slot's size", info.slots[0].size, 128 << 20)?;
+        .start_guest()
+}
+
+/// Makes `ram1` a DIMM of the guest; gives its address.
+fn plug(machine: &mut Machine, address: Option<u64>) -> Result<u64> {
+    let mut device = json!({"driver": "pc-dimm", "id": "dimm1", "memdev": "ram1"});
+    if let Some(address) = address {
+        device["addr"] = address.into();
+    }
+    machine.qmp.call("device_add", device)?;
+    let slots = machine.region("ram1")?.slots;
+    let slot = slots.first().context("the plugged object has no slot")?;
+    same("the slot's size", slot.size, DIMM)?;
+    Ok(slot.address)
+}
+
+/// Takes the DIMM out, with the guest's consent.
+fn unplug(machine: &mut Machine) -> Result<()> {
+    machine.qmp.call("device_del", json!({"id": "dimm1"}))?;
+    machine.ask_ok("eject 0")?;
+    machine.qmp.event("DEVICE_DELETED")
+}
+
+/// An object made at run time becomes memory of the guest by plugging it in as a DIMM.
+fn object_add_dimm(lab: &Lab) -> Result<()> {
+    let mut machine = machine_for_dimms(lab)?;
+    machine.qmp.call("object-add", object_add("ram1", DIMM))?;
+    let base = plug(&mut machine, None)?;
     let counts = machine.ask_counts(&format!("churn {base:#x} 300 100 1"))?;
     no_errors(&counts, 100)?;
     let info = machine.region("ram1")?;
@@ -944,11 +971,89 @@ fn object_add_dimm(lab: &Lab) -> Result<()> {
     machine.finish()
 }
 
+/// A DIMM that is unplugged keeps sides and contents, and has them when it is plugged in again,
+/// wherever that is.
+fn dimm_keeps_state(lab: &Lab) -> Result<()> {
+    let mut machine = machine_for_dimms(lab)?;
+    let fds = host::fds_of(machine.pid())?;
+    machine.qmp.call("object-add", object_add("ram1", DIMM))?;
+    let first = plug(&mut machine, None)?;
+    let offsets = scatter(&mut machine, first)?;
+    let before = machine.region("ram1")?;
+    let extents = machine.extents("ram1")?;
+    same("extents", extents.len(), 2 * offsets.len() + 1)?;
+
+    let mut at = first;
+    for next in [first + 2 * DIMM, first] {
+        unplug(&mut machine)?;
+        same_memory(&mut machine, &before, &extents, "unplugged")?;
+        no_ram(&mut machine, at)?;
+        at = plug(&mut machine, Some(next))?;
+        same("the address", at, next)?;
+        same_memory(&mut machine, &before, &extents, "plugged in again")?;
+        for &offset in &offsets {
+            machine.check_moved(at + offset - PAGE, first + offset - PAGE, 1, 7)?;
+            machine.check_moved(at + offset, first + offset, 1, 8)?;
+        }
+        same_memory(&mut machine, &before, &extents, "read")?;
+    }
+    // What KVM takes for private reads from the private store.
+    for offset in &offsets {
+        machine.check_zero(at + offset + PAGE, 1)?;
+    }
+    let info = machine.region("ram1")?;
+    same_held(&info, 2 * offsets.len() as u64 * PAGE)?;
+    same("shared-held", info.shared_held, before.shared_held)?;
+    machine.convert(at, DIMM / PAGE, Shared)?;
+    machine.check_zero(at + offsets[0], 2)?;
+
+    unplug(&mut machine)?;
+    machine.qmp.call("object-del", json!({"id": "ram1"}))?;
+    fds_come_back(&machine, &fds)?;
+    still_converts(&mut machine)?;
+    machine.finish()
+}
+
+/// Makes some places of a DIMM private, each at least two pages long. The first page of each is filled
+/// (seed 8), as is the shared one before (seed 7); the second is not touched. Gives their offsets.
+fn scatter(machine: &mut Machine, base: u64) -> Result<Vec<u64>> {
+    let pages = [2, 3, 64, 512, 700];
+    let offsets: Vec<u64> = (0..30).map(|i| (1 + i) * (4 << 20) - i * PAGE).collect();
+    for (i, offset) in offsets.iter().enumerate() {
+        machine.fill(base + offset - PAGE, 1, 7)?;
+        machine.convert(base + offset, pages[i % pages.len()], Private)?;
+        machine.fill(base + offset, 1, 8)?;
+    }
+    same_held(&machine.region("ram1")?, offsets.len() as u64 * PAGE)?;
+    Ok(offsets)
+}
+
+fn same_memory(
+    machine: &mut Machine,
+    before: &PrivateMemory,
+    extents: &[Extent],
+    when: &str,
+) -> Result<()> {
+    let info = machine.region("ram1")?;
+    same("private", info.private, before.private).context(when.to_string())?;
+    same("private-held", info.private_held, before.private_held).context(when.to_string())?;
+    same("shared-held", info.shared_held, before.shared_held).context(when.to_string())?;
+    same("held-twice", info.held_twice, Some(0)).context(when.to_string())?;
+    same_extents(&machine.extents("ram1")?, extents).context(when.to_string())
+}
+
+/// Where the DIMM was, nothing can be stored and nothing made private.
+fn no_ram(machine: &mut Machine, base: u64) -> Result<()> {
+    same("slots", machine.region("ram1")?.slots, vec![])?;
+    machine.fill(base, 1, 9)?;
+    machine.check_zero(base, 1)?;
+    let ret = machine.hypercall(base, 1, Private)?;
+    ensure!(ret < 0, "what is no RAM any more was made private ({ret})");
+    Ok(())
+}
+
 fn object_in_use(lab: &Lab) -> Result<()> {
-    let mut machine = Launch::kvm(lab)
-        .with(&PRIVATE.replace("-m 256M", "-m 256M,slots=2,maxmem=1G"))
-        .with(OUR_GUEST)
-        .start_guest()?;
+    let mut machine = machine_for_dimms(lab)?;
     let text = machine.qmp.refused(
         "device_add",
         json!({"driver": "pc-dimm", "id": "dimm1", "memdev": "ram0"}),
