@@ -22,7 +22,7 @@ use crate::run;
 use crate::setup;
 use crate::symbols;
 
-const LAB_LIMIT: Duration = Duration::from_secs(600);
+const LAB_LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// What a C program's exit status says when it could not test anything.
 const SKIPPED: i32 = 77;

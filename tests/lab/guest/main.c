@@ -10,6 +10,12 @@
  *   churn BASE PAGES COUNT SEED          COUNT conversions, contents checked  -> churn ...
  *   smp                                  start the second vCPU                -> cpus 2
  *   disjoint BASE PAGES COUNT SEED       churn on two vCPUs, half each        -> disjoint ...
+ *   halves BASE PAGES SEED               fill one half for each vCPU          -> ok
+ *   mix COUNT                            COUNT conversions by each vCPU in its
+ *                                        half, of all sizes, not all touched  -> mix ...
+ *   settle                               check, and touch, all of both halves -> settle ...
+ *   map                                  lengths in pages of what is shared,
+ *                                        private, shared ... in both halves   -> map N N ...
  *   overlap BASE PAGES COUNT SEED        two vCPUs convert the same pages     -> overlap ...
  *   chase BASE PAGES COUNT SEED          one converts what the other touches  -> chase ...
  *   shadow                               run from a copy of the ROM in RAM    -> ok
@@ -38,7 +44,8 @@ enum {
 	ENOSYS = 38,
 	HC_MAP_GPA_RANGE = 12,
 	MAP_PRIVATE = 0x10,
-	MAX_PAGES = 2048,
+	MAX_PAGES = 4096,
+	LARGE = 512,			/* 2 MiB */
 	MAX_REMARKS = 8,
 };
 
@@ -361,29 +368,33 @@ static void churn_begin(struct churn *c, u64 base, u64 pages, u64 seed)
 		write_anew(c, i);
 }
 
-static void expect_neighbours(struct churn *c, u64 first, u64 end, const char *when)
+/* The page holds what it should; afterwards it has been touched and is not zero. */
+static void visit(struct churn *c, u64 i, const char *when)
 {
-	if (first > 0)
-		expect(c, first - 1, c->seed[first - 1], when);
-	if (end < c->pages)
-		expect(c, end, c->seed[end], when);
+	expect(c, i, c->seed[i], when);
+	if (!c->seed[i])
+		write_anew(c, i);
+}
+
+/* The first and the last page of a request, and by chance one in so many of the others. */
+static bool chosen(struct churn *c, u64 i, u64 first, u64 end, u64 one_in)
+{
+	return i == first || i == end - 1 || draw(&c->rng, one_in) == 0;
 }
 
 /*
- * One request over [first, end), most often a single page. Pages that change
- * side read zero; those that were there already keep what they hold, as do the
- * neighbours; after a refusal everything is as it was.
+ * One request over [first, end). Pages that change side read zero; those that
+ * were there already keep what they hold, as do the neighbours; after a
+ * refusal everything is as it was. Only chosen pages become touched.
  */
-static void churn_step(struct churn *c)
+static void request(struct churn *c, u64 first, u64 end, u64 one_in)
 {
-	u64 first = draw(&c->rng, c->pages);
-	u64 want = draw(&c->rng, 8) ? 1 : 1 + draw(&c->rng, 64);
-	u64 end = want > c->pages - first ? c->pages : first + want;
 	bool to_private = !c->private[first];
 	bool done;
 
 	for (u64 i = first; i < end; i++)
-		write_anew(c, i);
+		if (chosen(c, i, first, end, one_in))
+			visit(c, i, "before");
 	done = convert(page_at(c, first), end - first, to_private) == 0;
 	if (done)
 		c->conversions++;
@@ -392,13 +403,50 @@ static void churn_step(struct churn *c)
 	for (u64 i = first; i < end; i++) {
 		bool changed = done && c->private[i] != to_private;
 
-		expect(c, i, changed ? 0 : c->seed[i], changed ? "changed-side" : "same-side");
-		if (done)
+		if (changed) {
 			c->private[i] = to_private;
-		write_anew(c, i);
-		expect(c, i, c->seed[i], "read-back");
+			c->seed[i] = 0;
+		}
+		if (chosen(c, i, first, end, one_in)) {
+			expect(c, i, c->seed[i], changed ? "changed-side" : "same-side");
+			write_anew(c, i);
+		}
 	}
-	expect_neighbours(c, first, end, "neighbour");
+	if (first > 0 && c->seed[first - 1])
+		expect(c, first - 1, c->seed[first - 1], "neighbour");
+	if (end < c->pages && c->seed[end])
+		expect(c, end, c->seed[end], "neighbour");
+}
+
+static u64 end_of(const struct churn *c, u64 first, u64 pages)
+{
+	return pages > c->pages - first ? c->pages : first + pages;
+}
+
+/* Most often a single page. All that it converts is touched. */
+static void churn_step(struct churn *c)
+{
+	u64 first = draw(&c->rng, c->pages);
+	u64 pages = draw(&c->rng, 8) ? 1 : 1 + draw(&c->rng, 64);
+
+	request(c, first, end_of(c, first, pages), 1);
+}
+
+/*
+ * Of all sizes, 2 MiB among them, aligned if the half is. Many pages come to
+ * their side without being touched there.
+ */
+static void mix_step(struct churn *c)
+{
+	u64 kind = draw(&c->rng, 128);
+	u64 first = draw(&c->rng, c->pages);
+
+	if (kind == 0)
+		request(c, first - first % LARGE, end_of(c, first - first % LARGE, LARGE), LARGE / 8);
+	else if (kind < 8)
+		request(c, first, end_of(c, first, 2 + draw(&c->rng, 99)), 16);
+	else
+		request(c, first, first + 1, 1);
 }
 
 static void churn_run(struct churn *c, u64 count)
@@ -406,7 +454,7 @@ static void churn_run(struct churn *c, u64 count)
 	while (count--)
 		churn_step(c);
 	for (u64 i = 0; i < c->pages; i++)
-		expect(c, i, c->seed[i], "at-end");
+		visit(c, i, "at-end");
 }
 
 static u64 churn_private_pages(const struct churn *c)
@@ -415,6 +463,16 @@ static u64 churn_private_pages(const struct churn *c)
 
 	for (u64 i = 0; i < c->pages; i++)
 		n += c->private[i];
+	return n;
+}
+
+/* Pages that were touched since they came to their side, and so hold memory there. */
+static u64 churn_touched(const struct churn *c, bool private)
+{
+	u64 n = 0;
+
+	for (u64 i = 0; i < c->pages; i++)
+		n += c->private[i] == private && c->seed[i];
 	return n;
 }
 
@@ -438,6 +496,8 @@ static void churn_report(const char *name, const struct churn *a, const struct c
 	put_field("failed", a->failed + b->failed);
 	put_field("errors", a->errors + b->errors);
 	put_field("private_pages", churn_private_pages(a) + churn_private_pages(b));
+	put_field("private_touched", churn_touched(a, true) + churn_touched(b, true));
+	put_field("shared_touched", churn_touched(a, false) + churn_touched(b, false));
 	put("\n");
 }
 
@@ -509,14 +569,66 @@ static void churn_second(u64 count)
 	churn_run(&churns[1], count);
 }
 
-static void disjoint(u64 base, u64 pages, u64 count, u64 seed)
+static void churn_halves(u64 base, u64 pages, u64 seed)
 {
 	u64 half = pages / 2;
 
 	churn_begin(&churns[0], base, half, seed);
 	churn_begin(&churns[1], base + half * PAGE, pages - half, seed + 1);
+}
+
+static void disjoint(u64 base, u64 pages, u64 count, u64 seed)
+{
+	churn_halves(base, pages, seed);
 	on_both(churn_first, churn_second, count);
 	churn_report("disjoint", &churns[0], &churns[1]);
+}
+
+static void mix_first(u64 count)
+{
+	while (count--)
+		mix_step(&churns[0]);
+}
+
+static void mix_second(u64 count)
+{
+	while (count--)
+		mix_step(&churns[1]);
+}
+
+static void mix(u64 count)
+{
+	on_both(mix_first, mix_second, count);
+	churn_report("mix", &churns[0], &churns[1]);
+}
+
+static void settle(void)
+{
+	on_both(churn_first, churn_second, 0);
+	churn_report("settle", &churns[0], &churns[1]);
+}
+
+static bool half_private(u64 i)
+{
+	return i < churns[0].pages ? churns[0].private[i] : churns[1].private[i - churns[0].pages];
+}
+
+static void map(void)
+{
+	u64 pages = churns[0].pages + churns[1].pages;
+	bool private = false;
+	u64 start = 0;
+
+	put("map");
+	for (u64 i = 0; i <= pages; i++) {
+		if (i < pages && half_private(i) == private)
+			continue;
+		put_char(' ');
+		put_unsigned(i - start);
+		private = !private;
+		start = i;
+	}
+	put("\n");
 }
 
 /*
@@ -834,6 +946,15 @@ static bool obey(char *word[], int n)
 		smp();
 	} else if (n == 5 && same(word[0], "disjoint") && ap_alive && a[1] > 1 && a[1] <= MAX_PAGES) {
 		disjoint(a[0], a[1], a[2], a[3]);
+	} else if (n == 4 && same(word[0], "halves") && ap_alive && a[1] > 1 && a[1] <= 2 * MAX_PAGES) {
+		churn_halves(a[0], a[1], a[2]);
+		put("ok\n");
+	} else if (n == 2 && same(word[0], "mix") && churns[1].pages) {
+		mix(a[0]);
+	} else if (n == 1 && same(word[0], "settle") && churns[1].pages) {
+		settle();
+	} else if (n == 1 && same(word[0], "map") && churns[1].pages) {
+		map();
 	} else if (n == 5 && same(word[0], "overlap") && ap_alive && a[1]) {
 		overlap(a[0], a[1], a[2], a[3]);
 	} else if (n == 5 && same(word[0], "chase") && ap_alive && a[1]) {

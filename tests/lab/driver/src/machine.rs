@@ -340,6 +340,25 @@ impl Machine {
         Ok(counts)
     }
 
+    /// What the guest itself takes for private in its two halves, which begin at `offset`.
+    pub fn guest_map(&mut self, mut offset: u64) -> Result<Vec<Extent>> {
+        let reply = self.ask("map")?;
+        let lengths = reply
+            .strip_prefix("map ")
+            .with_context(|| format!("odd reply: {reply}"))?;
+        let mut map = Vec::new();
+        for (i, pages) in lengths.split_whitespace().enumerate() {
+            let size = pages.parse::<u64>()? * PAGE;
+            map.push(Extent {
+                offset,
+                size,
+                private: i % 2 == 1,
+            });
+            offset += size;
+        }
+        Ok(map)
+    }
+
     /// Ends the guest by its own hand and checks that QEMU ends with its status.
     pub fn finish(mut self) -> Result<()> {
         self.send("exit 21")?;
@@ -494,6 +513,18 @@ struct ExtentsPage {
     size: u64,
     extents: Vec<Extent>,
     next: Option<u64>,
+}
+
+/// The same extents without empty ones, and with neighbours of one side in one.
+pub fn joined(extents: impl IntoIterator<Item = Extent>) -> Vec<Extent> {
+    let mut joined: Vec<Extent> = Vec::new();
+    for extent in extents.into_iter().filter(|extent| extent.size > 0) {
+        match joined.last_mut() {
+            Some(last) if last.private == extent.private => last.size += extent.size,
+            _ => joined.push(extent),
+        }
+    }
+    joined
 }
 
 impl PrivateMemory {

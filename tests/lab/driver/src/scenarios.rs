@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::machine::{
     Extent, Launch, Machine, OUR_GUEST, PAGE, PRIVATE, PrivateMemory, Side, convert_arguments,
-    pattern,
+    joined, pattern,
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
@@ -83,6 +83,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("two-vcpus-same-pages", two_vcpus_same_pages),
         Scenario::new("one-converts-one-touches", one_converts_one_touches),
         Scenario::new("operator-against-guest", operator_against_guest),
+        Scenario::new("random-conversions", random_conversions),
         Scenario::new("slots-keep-state", slots_keep_state),
         Scenario::new("slots-change-while-converting", slots_change),
         Scenario::new("reset-makes-shared", reset_makes_shared),
@@ -540,6 +541,61 @@ fn operator_against_guest(lab: &Lab) -> Result<()> {
     )?;
     same_held(&info, info.private)?;
     machine.finish()
+}
+
+/// However two vCPUs convert their halves of some memory: the guest, the library and the kernel agree
+/// on what is private and what holds memory, and no content is wrong.
+fn random_conversions(lab: &Lab) -> Result<()> {
+    const PAGES: u64 = 4096;
+    const CONVERSIONS: u64 = 100_000;
+    const ROUNDS: u64 = 10;
+    let mut machine = two_vcpus(lab)?;
+    machine.ask_ok(&format!("halves {BASE:#x} {PAGES} 1"))?;
+    let filled = machine.region("ram0")?.shared_held;
+    let mix = format!("mix {}", CONVERSIONS / ROUNDS / 2);
+    for round in 1..=ROUNDS {
+        machine.send(&mix)?;
+        // A list that is made meanwhile is whole and comes to an end, too.
+        machine.extents("ram0")?;
+        let counts = machine.counts(&mix)?;
+        no_errors(&counts, round * CONVERSIONS / ROUNDS)?;
+        all_agree(&mut machine, &counts, PAGES, filled)
+            .with_context(|| format!("round {round}"))?;
+    }
+    let counts = machine.ask_counts("settle")?;
+    no_errors(&counts, CONVERSIONS)?;
+    all_agree(&mut machine, &counts, PAGES, filled)?;
+    let info = machine.region("ram0")?;
+    same("conversions", info.conversions, CONVERSIONS)?;
+    same("failed-conversions", info.failed_conversions, 0)?;
+    machine.finish()
+}
+
+/// `filled` is what the shared store held when all `pages` were shared and touched.
+fn all_agree(
+    machine: &mut Machine,
+    counts: &HashMap<String, u64>,
+    pages: u64,
+    filled: Option<u64>,
+) -> Result<()> {
+    let shared = |offset, end| Extent {
+        offset,
+        size: end - offset,
+        private: false,
+    };
+    let mut expected = vec![shared(0, BASE)];
+    expected.extend(machine.guest_map(BASE)?);
+    expected.push(shared(BASE + pages * PAGE, RAM));
+    same_extents(&machine.extents("ram0")?, &joined(expected))?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, counts["private_pages"] * PAGE)?;
+    same_held(&info, counts["private_touched"] * PAGE)?;
+    let gone = (pages - counts["shared_touched"]) * PAGE;
+    same(
+        "shared-held, with what is gone",
+        info.shared_held.map(|held| held + gone),
+        filled,
+    )
 }
 
 /// Names the first that differs instead of all.
