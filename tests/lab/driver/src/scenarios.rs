@@ -79,6 +79,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("listener-refuses", listener_refuses),
         Scenario::new("hmp-info", hmp_info),
         Scenario::new("two-objects-numa", two_objects_numa),
+        Scenario::new("across-the-pci-hole", across_the_pci_hole),
         Scenario::new("two-vcpus-apart", two_vcpus_apart),
         Scenario::new("two-vcpus-same-pages", two_vcpus_same_pages),
         Scenario::new("one-converts-one-touches", one_converts_one_touches),
@@ -461,6 +462,61 @@ fn two_objects_numa(lab: &Lab) -> Result<()> {
         let info = machine.region(id)?;
         same(id, info.private, 0)?;
         same_held(&info, 0)?;
+    }
+    machine.finish()
+}
+
+/// One request over the end of low RAM, the hole of 2 GiB and the start of high RAM. To become private
+/// is refused as a whole, although what lies below the hole would be a step of its own.
+fn across_the_pci_hole(lab: &Lab) -> Result<()> {
+    const LOW_END: u64 = 2 << 30;
+    const HIGH: u64 = 4 << 30;
+    const HIGH_SIZE: u64 = 1 << 30;
+    /// What the library makes private in one step.
+    const STEP: u64 = 1 << 30;
+    const PAGES: u64 = 8;
+    let mut machine = Launch::kvm(lab)
+        .with(&PRIVATE.replace("256M", "3G"))
+        .with(OUR_GUEST)
+        .start_guest()?;
+    same(
+        "the last two slots",
+        slot_bounds(&mut machine)?.last_chunk(),
+        Some(&[(1 << 20, LOW_END), (HIGH, HIGH + HIGH_SIZE)]),
+    )?;
+    let low = LOW_END - STEP;
+    let across = (HIGH - low) / PAGE + PAGES;
+    let ends = [low, LOW_END - PAGES * PAGE, HIGH];
+    for base in [LOW_END - 300 * PAGE, HIGH] {
+        no_errors(
+            &machine.ask_counts(&format!("churn {base:#x} 300 60 5"))?,
+            60,
+        )?;
+    }
+    for base in ends {
+        machine.convert(base, PAGES, Private)?;
+        machine.fill(base, PAGES, 8)?;
+    }
+    machine.convert(low, across, Shared)?;
+    for base in ends {
+        machine.check_zero(base, PAGES)?;
+        machine.fill(base, PAGES, 9)?;
+    }
+    machine.convert(HIGH, 300, Shared)?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, 0)?;
+    same_held(&info, 0)?;
+
+    let ret = machine.hypercall(low, across, Private)?;
+    ensure!(ret < 0, "the PCI hole was made private ({ret})");
+    let all = Extent {
+        offset: 0,
+        size: info.size,
+        private: false,
+    };
+    same("extents", machine.extents("ram0")?, vec![all])?;
+    for base in ends {
+        machine.check(base, PAGES, 9)?;
     }
     machine.finish()
 }
