@@ -861,7 +861,7 @@ enum {
 	BALLOON_MAX = 64,
 	QUEUE_INFLATE = 0,
 	QUEUE_REPORT = 3,
-	QUEUE_MAX = 128,
+	QUEUE_MAX = 1024,
 	FEATURE_REPORTING = 1 << 5,
 	DESCRIPTOR_WRITE = 2,
 };
@@ -872,7 +872,7 @@ static struct {
 		u32 length;
 		u16 flags, next;
 	} descriptors[QUEUE_MAX];
-	u8 rest[2 * PAGE];
+	u8 rest[4 * PAGE];
 } __attribute__((aligned(4096))) queue;
 
 static u32 balloon_pages[BALLOON_MAX];
@@ -913,6 +913,10 @@ static void balloon_send(u16 number, u64 address, u32 length, u16 flags)
 
 	balloon_start(number);
 	size = inw(BALLOON_PORT + 0xc);
+	if (size > QUEUE_MAX) {
+		put("bad queue\n");
+		return;
+	}
 	avail = (u16 *)&queue.descriptors[size];
 	used = (u16 *)(((u64)(avail + 3 + size) + PAGE - 1) & ~(u64)(PAGE - 1));
 	queue.descriptors[0].address = address;

@@ -275,8 +275,6 @@ static void test_extents_of_some(void)
     g_assert_cmpint(qdict_get_int(extent, "offset"), ==, 1 * MiB + 4 * PAGE);
     g_assert_true(qdict_get_bool(extent, "private"));
     qobject_unref(info);
-    convert_ok(qts, 1 * MiB, RAM_SIZE - 1 * MiB, false);
-    convert_ok(qts, 1 * MiB, PAGE, true);
 
     info = query(qts, "ram0");
     g_assert_false(qdict_haskey(info, "extents"));
