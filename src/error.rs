@@ -2,7 +2,6 @@
 
 use std::io;
 
-use crate::agent::PageType;
 use crate::range::Range;
 
 pub type Result<T> = std::result::Result<T, Error>;
@@ -64,8 +63,8 @@ pub enum Error {
     #[error("the TDX agent has no vCPU yet; its fd must be told before initial contents")]
     NoVcpu,
 
-    #[error("there are no pages of type {0:?} with {1}")]
-    PageType(PageType, &'static str),
+    #[error("there are no pages of type {0} with {1}")]
+    PageType(&'static str, &'static str),
 
     #[error("the guest's initial contents are final; nothing can be added to them")]
     Finalized,

@@ -38,6 +38,18 @@ pub enum PageType {
     Cpuid,
 }
 
+impl PageType {
+    fn name(self) -> &'static str {
+        match self {
+            PageType::Normal => "NORMAL",
+            PageType::Unmeasured => "UNMEASURED",
+            PageType::Zero => "ZERO",
+            PageType::Secrets => "SECRETS",
+            PageType::Cpuid => "CPUID",
+        }
+    }
+}
+
 /// A part of a request for initial contents: one region, contiguous on both
 /// sides, all private.
 pub struct InitialPages<'a> {

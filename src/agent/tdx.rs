@@ -44,7 +44,7 @@ impl Agent for Tdx {
         let measure = match pages.page_type {
             PageType::Normal => true,
             PageType::Unmeasured => false,
-            other => return Err(Error::PageType(other, "tdx")),
+            other => return Err(Error::PageType(other.name(), "TDX")),
         };
         let Some(source) = pages.source else {
             return Err(Error::InvalidArgument("TDX pages need a source".into()));
