@@ -55,7 +55,7 @@ pub enum Error {
     CannotLoad(String),
 
     #[error(
-        "a software-protected VM has no way to give private pages initial contents: start the \
+        "the trust agent of this VM has no way to give private pages initial contents: start the \
          guest in shared memory, and let it copy"
     )]
     NoInitialContents,

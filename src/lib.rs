@@ -15,6 +15,7 @@
 //! | [`agent`] | trust agents: who keeps private contents, asked and told along the way |
 //! | [`listener`] | downstream mappers, told before shared memory goes and after it has come |
 //! | [`region`] | one memory backend: stores, state map, range lock, counters |
+//! | `memory` | what a region's stores hold: taken beforehand, kept, given back, moved |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `convert` | the conversion path, its order and its undo |
 //! | [`ffi`] | the C interface, `include/privmem.h` |
@@ -30,6 +31,7 @@ pub mod error;
 pub mod ffi;
 pub mod kernel;
 pub mod listener;
+mod memory;
 pub mod range;
 mod range_lock;
 pub mod region;

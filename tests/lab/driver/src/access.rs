@@ -17,6 +17,7 @@ pub fn all() -> Vec<Scenario> {
     vec![
         Scenario::new("monitor-reads-shared-only", monitor),
         Scenario::new("gdbstub-reads-shared-only", gdbstub),
+        Scenario::new("neither-migrated-nor-saved", neither_migrated_nor_saved),
     ]
 }
 
@@ -49,6 +50,33 @@ fn monitor(lab: &Lab) -> Result<()> {
         );
     }
     same_held(&machine.region("ram0")?, PAGE)?;
+    machine.finish()
+}
+
+/// With KVM nobody gives private contents out: every way to take a machine along says so.
+fn neither_migrated_nor_saved(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.convert(BASE, 2, Private)?;
+    machine.fill(BASE, 2, 7)?;
+    for mode in ["normal", "cpr-reboot", "cpr-transfer"] {
+        machine
+            .qmp
+            .call("migrate-set-parameters", json!({ "mode": mode }))?;
+        let to_file = json!({ "uri": "file:/tmp/migration" });
+        let text = machine.qmp.refused("migrate", to_file)?;
+        println!("  {mode}: {text}");
+        ensure!(
+            text.contains("ram0") && text.contains("cannot be migrated or saved"),
+            "the refusal of mode {mode} does not say why: {text}"
+        );
+    }
+    let text = machine.hmp("savevm tag")?;
+    ensure!(
+        text.contains("cannot be migrated or saved"),
+        "savevm does not say why it cannot: {text}"
+    );
+    machine.check(BASE, 2, 7)?;
+    same_held(&machine.region("ram0")?, 2 * PAGE)?;
     machine.finish()
 }
 

@@ -1,0 +1,198 @@
+//! What the stores of a region hold: taken beforehand, kept, given back, and
+//! moved from side to side when a machine is loaded.
+
+use std::num::NonZeroUsize;
+use std::panic::resume_unwind;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::error::{Error, Result};
+use crate::kernel::NumaPolicy;
+use crate::range::{GRANULE, Range};
+use crate::region::Region;
+use crate::state::{Side, StateMap};
+use crate::vm::Binding;
+
+/// include/uapi/linux/mempolicy.h, from Linux 5.15 on; not in the libc crate.
+const MPOL_PREFERRED_MANY: i32 = 5;
+
+/// Bytes that are moved from side to side at a time.
+const MOVED: u64 = 1 << 20;
+
+/// Bytes that one thread takes at a time when preallocating.
+const PREALLOCATED: u64 = 16 << 20;
+
+impl Region {
+    /// Takes the memory of all that there is now, with `threads` at once, and
+    /// from now on that of whatever changes side, before it does: a conversion
+    /// for which there is no memory fails, instead of the guest's access.
+    pub fn preallocate(&self, threads: NonZeroUsize) -> Result<()> {
+        self.preallocated.store(true, Ordering::Relaxed);
+        self.allocate_all(threads)
+    }
+
+    fn allocate_all(&self, threads: NonZeroUsize) -> Result<()> {
+        let _held = self.lock.acquire(vec![self.size]);
+        let runs = self.state.runs(self.size.granules());
+        let pieces = runs.flat_map(|run| {
+            let pieces = Range::from_granules(run.granules).pieces(PREALLOCATED);
+            pieces.map(move |piece| (run.side, piece))
+        });
+        let pieces = Mutex::new(pieces);
+        let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || {
+            while let Some((side, piece)) = next() {
+                self.allocate(side, piece)?;
+            }
+            Ok(())
+        };
+        thread::scope(|scope| {
+            let others: Vec<_> = (1..threads.get())
+                .map_while(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
+                .collect();
+            others.into_iter().fold(work(), |result, other| {
+                result.and(other.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            })
+        })
+    }
+
+    /// Says on which NUMA nodes memory of the private store is taken, and that
+    /// it is taken when memory becomes private: at the guest's access it would
+    /// follow the policy of the vCPU's thread. Takes what is private already,
+    /// with `threads` at once. (The policy of the shared store is that of its
+    /// mapping, mbind(2), and not set here.)
+    pub fn set_numa_policy(&self, mut policy: NumaPolicy, threads: NonZeroUsize) -> Result<()> {
+        let nodes: u32 = policy.nodes.iter().map(|word| word.count_ones()).sum();
+        if policy.mode == libc::MPOL_PREFERRED && nodes > 1 {
+            // The older mode takes the first of the nodes only.
+            policy.mode = MPOL_PREFERRED_MANY;
+        }
+        let store = self.store(Side::Private);
+        let before = store.swap_mempolicy(&policy)?;
+        store.swap_mempolicy(&before)?;
+        let late = |_| Error::PolicySetAlready(self.name.clone());
+        self.policy.set(policy).map_err(late)?;
+        self.allocate_all(threads)
+    }
+
+    /// Takes the memory of `offsets` on `side`, if that is wanted.
+    pub(crate) fn allocate(&self, side: Side, offsets: Range) -> Result<()> {
+        let policy = self.policy.get();
+        let placed = side == Side::Private && policy.is_some();
+        match self.preallocated.load(Ordering::Relaxed) || placed {
+            true => self.store(side).allocate(offsets, policy),
+            false => Ok(()),
+        }
+    }
+
+    pub(crate) fn keeps(&self, side: Side) -> bool {
+        match side {
+            Side::Private => self.options.keep_private,
+            Side::Shared => self.options.keep_shared,
+        }
+    }
+
+    /// Frees what `side` holds of `offsets`, unless it is to be kept.
+    pub(crate) fn punch(&self, side: Side, offsets: Range) -> Result<()> {
+        match self.keeps(side) {
+            true => Ok(()),
+            false => self.store(side).punch(offsets),
+        }
+    }
+
+    /// Frees the memory of `size` bytes at `offset`, on whichever side they
+    /// are; they read zero from now on. For a balloon.
+    pub fn discard(self: &Arc<Region>, offset: u64, size: u64) -> Result<()> {
+        let offsets = self.range(offset, size)?;
+        let bindings = self.vm.bindings_of(self);
+        let _held = self.lock.acquire(vec![self.locked(offsets)]);
+        let shared = || self.runs_on(Side::Shared, offsets);
+        shared().for_each(|run| self.listeners.discard(run));
+        self.invalidate(&bindings, offsets);
+        let freed = [Side::Private, Side::Shared]
+            .map(|side| self.store(side).punch(offsets))
+            .into_iter()
+            .fold(Ok(()), Result::and);
+        let mapped = shared()
+            .map(|run| self.listeners.populate(run))
+            .fold(Ok(()), Result::and);
+        freed.and(mapped)
+    }
+
+    /// What a conversion of `offsets` must lock: huge pages are given back
+    /// whole.
+    pub(crate) fn locked(&self, offsets: Range) -> Range {
+        offsets.widened(self.options.huge_page.unwrap_or(GRANULE))
+    }
+
+    /// Gives back the huge pages at the ends of `offsets` of which nothing is
+    /// shared any more. (Those in between went when `offsets` was punched.)
+    pub(crate) fn punch_huge_pages(&self, offsets: Range) {
+        let Some(unit) = self.options.huge_page else {
+            return;
+        };
+        let mut ends: Vec<_> = [offsets.first(), offsets.last()]
+            .map(|granule| granule.widened(unit))
+            .into();
+        ends.dedup();
+        for page in ends {
+            let private = self.state.count_private(page.granules());
+            if private == page.granules().len() {
+                // One that is not freed now is in use again when any of it is
+                // shared.
+                let _ = self.punch(Side::Shared, page);
+            }
+        }
+    }
+
+    /// Tells the agent of what goes of `offsets` that is private, where the
+    /// guest sees it.
+    pub(crate) fn invalidate(&self, bindings: &[Binding], offsets: Range) {
+        for binding in bindings {
+            let Some(seen) = binding.offsets().intersection(&offsets) else {
+                continue;
+            };
+            for run in self.runs_on(Side::Private, seen) {
+                let gpa = run.rebase(binding.offset, binding.gpa.start());
+                self.vm.agent().invalidate(gpa);
+            }
+        }
+    }
+
+    /// The state map as bytes: one bit a granule, from the lowest bit of the
+    /// first byte, set where it is private. For a saved machine, whose vCPUs do
+    /// not run.
+    pub fn save_state(&self) -> Vec<u8> {
+        self.state.to_bytes()
+    }
+
+    /// Puts all memory on the side that [`Region::save_state`] told, contents
+    /// included. For a machine that was loaded, whose vCPUs do not run. Only
+    /// the emulated agent can: nobody else gives contents out.
+    pub fn load_state(&self, bytes: &[u8]) -> Result<()> {
+        if !self.vm.is_open() {
+            return Err(Error::CannotLoad(self.name.clone()));
+        }
+        let wanted = StateMap::from_bytes(self.state.len(), bytes)?;
+        let pieces = wanted.runs(self.size.granules()).flat_map(|run| {
+            let pieces = Range::from_granules(run.granules).pieces(MOVED);
+            pieces.map(move |piece| (run.side, piece))
+        });
+        let mut contents = Vec::new();
+        for (to, piece) in pieces {
+            let changes: Vec<_> = self.runs_on(to.other(), piece).collect();
+            for offsets in changes {
+                contents.resize(offsets.len() as usize, 0);
+                self.store(to.other())
+                    .read(offsets.start(), &mut contents)?;
+                self.vm.convert_offsets(self, offsets, to)?;
+                // What reads zero needs no memory.
+                if contents.iter().any(|byte| *byte != 0) {
+                    self.store(to).write(offsets.start(), &contents)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
