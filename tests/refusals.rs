@@ -2,18 +2,8 @@
 
 mod common;
 
-use std::sync::Arc;
-
-use common::{Fail, Mapper, Model};
+use common::{Fail, Mapper, Model, vm_with_region};
 use privmem::{Error, GRANULE, Region, Side, StateMap, Vm};
-
-fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
-    let kernel = Model::new();
-    let vm = kernel.vm();
-    let region = Region::new(&vm, "ram0", granules * GRANULE).unwrap();
-    kernel.bind(&region, &vm, 0, 0, granules);
-    (kernel, vm, region)
-}
 
 #[test]
 fn a_state_that_no_memory_can_hold_is_refused() {

@@ -5,16 +5,8 @@ mod common;
 use std::sync::Arc;
 use std::thread;
 
-use common::{Fail, Model, stand_in_fd};
+use common::{Fail, Model, stand_in_fd, vm_with_region};
 use privmem::{Error, GRANULE, Region, Side, Vm};
-
-fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
-    let kernel = Model::new();
-    let vm = kernel.vm();
-    let region = Region::new(&vm, "ram0", granules * GRANULE).unwrap();
-    kernel.bind(&region, &vm, 0, 0, granules);
-    (kernel, vm, region)
-}
 
 #[test]
 fn a_vm_without_private_memory_is_refused_with_what_there_is() {

@@ -28,19 +28,29 @@ pub trait Firmware: Send {
 
     fn finish(&mut self) -> Result<(), Refusal>;
 
+    /// What both models keep.
+    fn launch(&mut self) -> &mut Launch;
+
     /// The page is private no more, or was freed.
-    fn remove(&mut self, gfn: u64);
+    fn remove(&mut self, gfn: u64) {
+        self.launch().pages.remove(&gfn);
+    }
 
     /// What was added so far.
-    fn log(&self) -> &[Added];
+    fn log(&mut self) -> &[Added] {
+        &self.launch().log
+    }
 
     /// Errors to give, before anything else, from the next calls to
     /// [`Firmware::add`] and [`Firmware::finish`]: 0 for none.
-    fn contention(&mut self) -> &mut VecDeque<i32>;
+    fn contention(&mut self) -> &mut VecDeque<i32> {
+        &mut self.launch().contention
+    }
 }
 
+/// How far a launch is.
 #[derive(Default)]
-struct Common {
+pub struct Launch {
     /// Pages with initial contents.
     pages: BTreeMap<u64, u8>,
     log: Vec<Added>,
@@ -49,7 +59,7 @@ struct Common {
     finished: bool,
 }
 
-impl Common {
+impl Launch {
     fn contended(&mut self) -> Result<(), Refusal> {
         match self.contention.pop_front() {
             None | Some(0) => Ok(()),
@@ -65,7 +75,7 @@ impl Common {
 
 /// Model of a TDX module behind KVM.
 #[derive(Default)]
-pub struct TdxModule(Common);
+pub struct TdxModule(Launch);
 
 impl Firmware for TdxModule {
     fn add(&mut self, page: Added, private: bool) -> Result<(), Refusal> {
@@ -105,22 +115,14 @@ impl Firmware for TdxModule {
         Ok(())
     }
 
-    fn remove(&mut self, gfn: u64) {
-        self.0.pages.remove(&gfn);
-    }
-
-    fn log(&self) -> &[Added] {
-        &self.0.log
-    }
-
-    fn contention(&mut self) -> &mut VecDeque<i32> {
-        &mut self.0.contention
+    fn launch(&mut self) -> &mut Launch {
+        &mut self.0
     }
 }
 
 /// Model of SEV-SNP firmware and RMP behind KVM.
 #[derive(Default)]
-pub struct SnpFirmware(Common);
+pub struct SnpFirmware(Launch);
 
 /// include/uapi/linux/psp-sev.h.
 const SEV_RET_INVALID_GUEST_STATE: u64 = 2;
@@ -179,16 +181,8 @@ impl Firmware for SnpFirmware {
         Ok(())
     }
 
-    fn remove(&mut self, gfn: u64) {
-        self.0.pages.remove(&gfn);
-    }
-
-    fn log(&self) -> &[Added] {
-        &self.0.log
-    }
-
-    fn contention(&mut self) -> &mut VecDeque<i32> {
-        &mut self.0.contention
+    fn launch(&mut self) -> &mut Launch {
+        &mut self.0
     }
 }
 

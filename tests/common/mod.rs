@@ -321,6 +321,15 @@ impl Model {
     }
 }
 
+/// A region of a software-protected VM on a model, bound at 0.
+pub fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "ram0", granules * GRANULE).unwrap();
+    kernel.bind(&region, &vm, 0, 0, granules);
+    (kernel, vm, region)
+}
+
 /// All of a request for guest granules, step by step.
 pub fn convert(vm: &Vm, gpa: std::ops::Range<u64>, to: Side) -> privmem::Result<()> {
     let (mut at, end) = (gpa.start * GRANULE, gpa.end * GRANULE);

@@ -63,6 +63,19 @@ static inline void outl(u16 port, u32 value)
 	asm volatile("outl %0, %1" : : "a"(value), "Nd"(port));
 }
 
+static inline void outw(u16 port, u16 value)
+{
+	asm volatile("outw %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline u16 inw(u16 port)
+{
+	u16 value;
+
+	asm volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
 static inline u8 inb(u16 port)
 {
 	u8 value;
@@ -876,19 +889,6 @@ static struct {
 } __attribute__((aligned(4096))) queue;
 
 static u32 balloon_pages[BALLOON_MAX];
-
-static inline void outw(u16 port, u16 value)
-{
-	asm volatile("outw %0, %1" : : "a"(value), "Nd"(port));
-}
-
-static inline u16 inw(u16 port)
-{
-	u16 value;
-
-	asm volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
-	return value;
-}
 
 static void balloon_start(u16 number)
 {
