@@ -55,16 +55,19 @@ pub enum Error {
     CannotLoad(String),
 
     #[error(
-        "the trust agent of this VM has no way to give private pages initial contents: start the \
-         guest in shared memory, and let it copy"
+        "trust agent '{0}' has no way to give private pages initial contents: start the guest in \
+         shared memory, and let it copy"
     )]
-    NoInitialContents,
+    NoInitialContents(String),
 
     #[error("the TDX agent has no vCPU yet; its fd must be told before initial contents")]
     NoVcpu,
 
-    #[error("there are no pages of type {0} with {1}")]
-    PageType(&'static str, &'static str),
+    #[error("trust agent '{agent}' has no pages of type {page_type}")]
+    PageType {
+        page_type: &'static str,
+        agent: String,
+    },
 
     #[error("the guest's initial contents are final; nothing can be added to them")]
     Finalized,
@@ -167,8 +170,8 @@ impl Error {
                 libc::EOPNOTSUPP
             }
             Error::NoMemoryForState { .. } => libc::ENOMEM,
-            Error::NoInitialContents => libc::EOPNOTSUPP,
-            Error::NoVcpu | Error::PageType(..) => libc::EINVAL,
+            Error::NoInitialContents(_) => libc::EOPNOTSUPP,
+            Error::NoVcpu | Error::PageType { .. } => libc::EINVAL,
             Error::Finalized => libc::EPERM,
             Error::Kernel { source, .. }
             | Error::Command { source, .. }

@@ -125,7 +125,10 @@ impl Agent for CAgent {
     }
 
     fn populate(&self, pages: InitialPages) -> Result<()> {
-        let populate = self.table.populate.ok_or(Error::NoInitialContents)?;
+        let populate = self
+            .table
+            .populate
+            .ok_or_else(|| Error::NoInitialContents(self.name.clone()))?;
         let source = pages
             .source
             .map_or(std::ptr::null_mut(), <[u8]>::as_mut_ptr);

@@ -105,7 +105,7 @@ impl Agent for SwProtected {
     }
 
     fn populate(&self, _: InitialPages) -> Result<()> {
-        Err(Error::NoInitialContents)
+        Err(Error::NoInitialContents(self.name().to_owned()))
     }
 
     fn finalize(&self, _: &dyn Kernel) -> Result<()> {

@@ -44,7 +44,12 @@ impl Agent for Tdx {
         let measure = match pages.page_type {
             PageType::Normal => true,
             PageType::Unmeasured => false,
-            other => return Err(Error::PageType(other.name(), "TDX")),
+            other => {
+                return Err(Error::PageType {
+                    page_type: other.name(),
+                    agent: self.name().to_owned(),
+                });
+            }
         };
         let Some(source) = pages.source else {
             return Err(Error::InvalidArgument("TDX pages need a source".into()));

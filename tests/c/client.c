@@ -8,6 +8,7 @@
 
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/mempolicy.h>
 #include <privmem.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -299,6 +300,55 @@ static void a_client_brings_its_own_agent(void)
     privmem_vm_free(vm);
 }
 
+/* Options, memory taken beforehand, and a state that is saved and loaded. */
+static void regions_have_options(void)
+{
+    struct privmem_region_options options = {
+        .size = sizeof(options) - 1,
+        .initially_private = true,
+    };
+    const unsigned long node_0 = 1, nowhere = 0;
+    unsigned char state[PAGES / 8], again[PAGES / 8];
+    struct privmem_vm *vm = NULL;
+    struct privmem_region *region = NULL;
+    struct privmem_info info;
+
+    CHECK(privmem_vm_new_emulated(&vm) == 0);
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == -EINVAL);
+    options.size++;
+    options.huge_page_size = 3 * PAGE;
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == -EINVAL);
+    options.huge_page_size = 0;
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == 0);
+    CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
+    CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
+    CHECK(info.private_bytes == PAGES * PAGE);
+
+    CHECK(privmem_region_preallocate(region, 0) == -EINVAL);
+    CHECK(privmem_region_preallocate(region, 3) == 0);
+    CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
+    CHECK(info.private_held == PAGES * PAGE
+          || info.private_held == PRIVMEM_UNKNOWN);
+    CHECK(privmem_region_set_numa_policy(region, MPOL_BIND, NULL, 1, 1) == -EINVAL);
+    CHECK(privmem_region_set_numa_policy(region, MPOL_BIND, &node_0, 1, 0) == -EINVAL);
+    CHECK(privmem_region_set_numa_policy(region, MPOL_BIND, &nowhere, 1, 1) < 0);
+    CHECK(privmem_region_set_numa_policy(region, 77, &node_0, 1, 1) < 0);
+
+    CHECK(convert(vm, 3 * PAGE, PAGE, false) == 0);
+    CHECK(privmem_region_save_state(region, NULL, sizeof(state)) == -EINVAL);
+    CHECK(privmem_region_save_state(region, state, sizeof(state) - 1) == -EINVAL);
+    CHECK(privmem_region_save_state(region, state, sizeof(state)) == 0);
+    CHECK(state[0] == 0xf7 && state[1] == 0xff);
+    state[0] = 0xef;
+    CHECK(privmem_region_load_state(region, NULL, sizeof(state)) == -EINVAL);
+    CHECK(privmem_region_load_state(region, state, 1) == -EINVAL);
+    CHECK(privmem_region_load_state(region, state, sizeof(state)) == 0);
+    CHECK(privmem_region_save_state(region, again, sizeof(again)) == 0);
+    CHECK(memcmp(state, again, sizeof(state)) == 0);
+    privmem_region_free(region);
+    privmem_vm_free(vm);
+}
+
 int main(void)
 {
     struct privmem_vm *vm = NULL, *other_vm = NULL;
@@ -318,6 +368,7 @@ int main(void)
 
     null_is_an_error();
     a_client_brings_its_own_agent();
+    regions_have_options();
     CHECK(privmem_version()[0] != '\0');
 
     CHECK(privmem_vm_new_emulated(&vm) == 0);
