@@ -162,8 +162,8 @@ struct privmem_region_options {
  * in one call, or what was in several, and memory that is not mapped, which it
  * passes over.
  *
- * The functions are called on the thread that converts, adds or removes a
- * listener, resets or frees the region, with locks held. They must call no
+ * The functions are called on the thread that converts, discards, loads, adds
+ * or removes a listener, resets or frees the region, with locks held. They must call no
  * function of this library but `privmem_last_error`, `privmem_region_info`,
  * `privmem_region_next_run` and the like, which take no lock, and must not
  * wait for a thread that does.
@@ -475,7 +475,8 @@ int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
  * of bytes done, never 0: repeat the call for the rest, if any, and let others
  * run in between.
  *
- * What is on that side already stays as it is; what changes side reads zero
+ * What is on that side already stays as it is; what changes side reads zero, or
+ * what a store has kept (`keep_private`, `keep_shared`),
  * afterwards. To become private the whole range must be bound; to become
  * shared, what is not bound is passed over, as it is shared anyway (guests
  * ask so for MMIO). The numbers come from the guest and may be anything.

@@ -14,8 +14,8 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use crate::agent::{InitialPages, PageType};
 use crate::error::{Error, Result};
@@ -118,7 +118,7 @@ impl Vm {
     /// it was, or the error is [`Error::Undone`] and says what is not.
     pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
         let request = Range::new(gpa, size)?;
-        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+        let bindings = self.bindings();
         let segments = resolve(&bindings, request);
         let result = check_covered(&segments, request, to).and_then(|()| run(&segments, to));
         self.generation.fetch_add(1, Ordering::Relaxed);
@@ -148,13 +148,14 @@ impl Vm {
     ) -> Result<()> {
         let request = Range::new(gpa, size)?;
         check_source(source.as_deref(), request, page_type)?;
-        self.check_not_finalized()?;
+        let _not_finalized = self.not_finalized()?;
+        self.agent.check_populate(page_type)?;
         loop {
             let mut done = 0;
             while done < size {
                 done += self.convert(gpa + done, size - done, Side::Private)?;
             }
-            let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+            let bindings = self.bindings();
             let segments = resolve(&bindings, request);
             check_covered(&segments, request, Side::Private)?;
             let _guards = lock(&segments);
@@ -192,25 +193,23 @@ impl Vm {
         Ok(())
     }
 
-    /// Puts all of a region on one side, whether the guest sees it or not.
-    pub(crate) fn convert_region(&self, region: &Arc<Region>, to: Side) -> Result<()> {
-        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+    /// Puts `offsets` of a region on one side, whether the guest sees them or
+    /// not.
+    pub(crate) fn convert_offsets(&self, region: &Region, offsets: Range, to: Side) -> Result<()> {
+        let bindings = self.bindings();
         let own = bindings
             .values()
-            .filter(|binding| Arc::ptr_eq(&binding.region, region));
-        let bound = own.map(|binding| Segment {
-            region,
-            offsets: binding.offsets(),
-            gpa: Some(binding.gpa),
+            .filter(|binding| std::ptr::eq(Arc::as_ptr(&binding.region), region));
+        let bound = own.filter_map(|binding| {
+            let offsets = binding.offsets().intersection(&offsets)?;
+            Some(Segment {
+                region,
+                offsets,
+                gpa: Some(offsets.rebase(binding.offset, binding.gpa.start())),
+            })
         });
         while run(&bound.clone().collect::<Vec<_>>(), to)?.is_some() {}
         // What is bound is on its side now; the rest needs no attributes.
-        self.convert_offsets(region, region.range(0, region.size())?, to)
-    }
-
-    /// Puts `offsets` on one side where KVM need not be told: nothing of them
-    /// that changes is bound, or the agent is the emulated one.
-    pub(crate) fn convert_offsets(&self, region: &Region, offsets: Range, to: Side) -> Result<()> {
         let all = Segment {
             region,
             offsets,
@@ -248,7 +247,7 @@ impl Vm {
         if times > HOPELESS_FAULTS {
             return Err(Error::HopelessFault { gpa });
         }
-        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
+        let bindings = self.bindings();
         match resolve(&bindings, fault).is_empty() {
             true => self.set_attributes(fault, Side::Shared),
             false => Ok(()),
@@ -319,7 +318,7 @@ fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
 /// is left for the next one.
 fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
-    let (pieces, rest) = step(changes(segments, to));
+    let (pieces, rest) = step(changes(segments, to), to);
     let step = || changes(segments, to).take(pieces);
     if to == Side::Private {
         step().for_each(|change| change.discard());
@@ -375,11 +374,20 @@ where
 }
 
 /// How many of `changes` make one step, and the one after them.
-fn step<'a>(mut changes: impl Iterator<Item = Segment<'a>>) -> (usize, Option<Segment<'a>>) {
+fn step<'a>(
+    mut changes: impl Iterator<Item = Segment<'a>>,
+    to: Side,
+) -> (usize, Option<Segment<'a>>) {
     let (mut pieces, mut bytes) = (0, 0);
     let rest = changes.find(|change| {
         bytes += change.offsets.len();
-        let last = pieces == STEP_PIECES || (bytes > STEP_BYTES && pieces > 0);
+        // Taking memory takes its time.
+        let limit = if change.region.allocates(to) {
+            PIECE
+        } else {
+            STEP_BYTES
+        };
+        let last = pieces == STEP_PIECES || (bytes > limit && pieces > 0);
         pieces += usize::from(!last);
         last
     });
@@ -437,15 +445,16 @@ where
         if index < done.asked {
             change.after(to.other());
         }
-        if to == Side::Shared {
-            change.region.punch_huge_pages(change.offsets);
-        }
         if index < done.punched && !change.region.keeps(to.other()) {
             contents_lost += bytes;
         }
         if to == Side::Private && change.populate().is_err() {
             unmapped += bytes;
         }
+    }
+    if to == Side::Shared {
+        // Only now is it known which huge pages have nothing shared.
+        step().for_each(|change| change.region.punch_huge_pages(change.offsets));
     }
     if contents_lost == 0 && stuck == 0 && unmapped == 0 {
         return cause;

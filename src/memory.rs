@@ -12,7 +12,7 @@ use crate::kernel::NumaPolicy;
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::{Side, StateMap};
-use crate::vm::Binding;
+use crate::vm::{Binding, Bindings};
 
 /// include/uapi/linux/mempolicy.h, from Linux 5.15 on; not in the libc crate.
 const MPOL_PREFERRED_MANY: i32 = 5;
@@ -68,9 +68,8 @@ impl Region {
             // The older mode takes the first of the nodes only.
             policy.mode = MPOL_PREFERRED_MANY;
         }
-        let store = self.store(Side::Private);
-        let before = store.swap_mempolicy(&policy)?;
-        store.swap_mempolicy(&before)?;
+        self.store(Side::Private)
+            .under_policy(Some(&policy), || Ok(()))?;
         let late = |_| Error::PolicySetAlready(self.name.clone());
         self.policy.set(policy).map_err(late)?;
         self.allocate_all(threads)
@@ -78,12 +77,16 @@ impl Region {
 
     /// Takes the memory of `offsets` on `side`, if that is wanted.
     pub(crate) fn allocate(&self, side: Side, offsets: Range) -> Result<()> {
-        let policy = self.policy.get();
-        let placed = side == Side::Private && policy.is_some();
-        match self.preallocated.load(Ordering::Relaxed) || placed {
-            true => self.store(side).allocate(offsets, policy),
+        match self.allocates(side) {
+            true => self.store(side).allocate(offsets, self.policy.get()),
             false => Ok(()),
         }
+    }
+
+    /// Whether memory that comes to `side` is taken at once.
+    pub(crate) fn allocates(&self, side: Side) -> bool {
+        let placed = side == Side::Private && self.policy.get().is_some();
+        self.preallocated.load(Ordering::Relaxed) || placed
     }
 
     pub(crate) fn keeps(&self, side: Side) -> bool {
@@ -105,7 +108,7 @@ impl Region {
     /// are; they read zero from now on. For a balloon.
     pub fn discard(self: &Arc<Region>, offset: u64, size: u64) -> Result<()> {
         let offsets = self.range(offset, size)?;
-        let bindings = self.vm.bindings_of(self);
+        let bindings = self.vm.bindings();
         let _held = self.lock.acquire(vec![self.locked(offsets)]);
         let shared = || self.runs_on(Side::Shared, offsets);
         shared().for_each(|run| self.listeners.discard(run));
@@ -148,8 +151,9 @@ impl Region {
 
     /// Tells the agent of what goes of `offsets` that is private, where the
     /// guest sees it.
-    pub(crate) fn invalidate(&self, bindings: &[Binding], offsets: Range) {
-        for binding in bindings {
+    pub(crate) fn invalidate(&self, bindings: &Bindings, offsets: Range) {
+        let own = |binding: &&Binding| std::ptr::eq(Arc::as_ptr(&binding.region), self);
+        for binding in bindings.values().filter(own) {
             let Some(seen) = binding.offsets().intersection(&offsets) else {
                 continue;
             };
@@ -187,9 +191,10 @@ impl Region {
                 self.store(to.other())
                     .read(offsets.start(), &mut contents)?;
                 self.vm.convert_offsets(self, offsets, to)?;
-                // What reads zero needs no memory.
-                if contents.iter().any(|byte| *byte != 0) {
-                    self.store(to).write(offsets.start(), &contents)?;
+                // What reads zero needs no memory, but a store may have kept some.
+                match contents.iter().any(|byte| *byte != 0) {
+                    true => self.store(to).write(offsets.start(), &contents)?,
+                    false => self.store(to).punch(offsets)?,
                 }
             }
         }

@@ -249,8 +249,9 @@ impl Region {
     /// Back to the initial state, without private contents. For the reset of a
     /// machine, whose vCPUs do not run meanwhile.
     pub fn reset(self: &Arc<Region>) -> Result<()> {
-        self.vm.convert_region(self, self.options.initial)?;
-        let bindings = self.vm.bindings_of(self);
+        self.vm
+            .convert_offsets(self, self.size, self.options.initial)?;
+        let bindings = self.vm.bindings();
         let _held = self.lock.acquire(vec![self.size]);
         self.invalidate(&bindings, self.size);
         self.private.punch(self.size)?;

@@ -92,6 +92,12 @@ impl StateMap {
         let words = words.map(|word| word.load(Ordering::Acquire) ^ flip);
         let mut bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
         bytes.truncate(self.granules.div_ceil(8));
+        if let Some(last) = bytes
+            .last_mut()
+            .filter(|_| !self.granules.is_multiple_of(8))
+        {
+            *last &= (1 << (self.granules % 8)) - 1;
+        }
         bytes
     }
 

@@ -9,6 +9,10 @@ use crate::error::{Error, Result};
 use crate::kernel::{Kernel, NumaPolicy};
 use crate::range::Range;
 
+/// Bytes that are taken in one call: a memfd's gives all of them back when a
+/// signal comes, and begins anew.
+const AT_ONCE: u64 = 2 << 20;
+
 /// One fd that holds guest memory: a memfd or a `guest_memfd`.
 pub struct Store {
     kernel: Arc<dyn Kernel>,
@@ -65,22 +69,32 @@ impl Store {
     /// is no shared store any more: see `KVM_MEMSLOT_GMEM_ONLY` in
     /// virt/kvm/guest_memfd.c.
     pub(crate) fn allocate(&self, offsets: Range, policy: Option<&NumaPolicy>) -> Result<()> {
-        let before = policy
-            .map(|policy| self.swap_mempolicy(policy))
-            .transpose()?;
-        let allocated = retry(|| self.kernel.allocate(self.fd(), offsets))
-            .map_err(|e| Error::kernel("fallocate", e));
-        // The default policy takes no memory, so that it can be set in any case.
-        let restore = |before| {
-            self.swap_mempolicy(&before)
-                .or_else(|_| self.swap_mempolicy(&NumaPolicy::default()))
+        let piece = |piece| {
+            retry(|| self.kernel.allocate(self.fd(), piece))
+                .map_err(|e| Error::kernel("fallocate", e))
         };
-        let restored = before.map(restore).transpose();
-        allocated.and(restored.map(drop))
+        self.under_policy(policy, || offsets.pieces(AT_ONCE).try_for_each(piece))
     }
 
-    /// Sets the NUMA policy of this thread; returns what it was before.
-    pub(crate) fn swap_mempolicy(&self, policy: &NumaPolicy) -> Result<NumaPolicy> {
+    /// Does `work` with this NUMA policy of the thread.
+    pub(crate) fn under_policy(
+        &self,
+        policy: Option<&NumaPolicy>,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(policy) = policy else {
+            return work();
+        };
+        let before = self.swap_mempolicy(policy)?;
+        let done = work();
+        // The default policy takes no memory, so that it can be set in any case.
+        let restored = self
+            .swap_mempolicy(&before)
+            .or_else(|_| self.swap_mempolicy(&NumaPolicy::default()));
+        done.and(restored.map(drop))
+    }
+
+    fn swap_mempolicy(&self, policy: &NumaPolicy) -> Result<NumaPolicy> {
         self.kernel
             .swap_mempolicy(policy)
             .map_err(|e| Error::kernel("set_mempolicy", e))

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use crossbeam::sync::ShardedLock;
+use crossbeam::sync::{ShardedLock, ShardedLockReadGuard};
 use kvm_bindings::{
     KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_USER_MEMORY2, KVM_CAP_VM_TYPES,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
@@ -52,16 +52,20 @@ impl Binding {
     }
 }
 
+/// By first guest-physical address.
+pub(crate) type Bindings = BTreeMap<u64, Binding>;
+
 /// A VM. Regions belong to one VM; bindings say where its guest sees them.
 pub struct Vm {
     pub(crate) kernel: Arc<dyn Kernel>,
     pub(crate) switch: Switch,
     pub(crate) agent: Arc<dyn Agent>,
-    /// Initial contents are final.
-    finalized: AtomicBool,
+    /// Initial contents are final. Held while some are given; goes before all
+    /// other locks.
+    finalized: RwLock<bool>,
     /// By first guest-physical address. Read by every conversion, changed only
     /// when memory slots change.
-    pub(crate) bindings: ShardedLock<BTreeMap<u64, Binding>>,
+    bindings: ShardedLock<Bindings>,
     serials: AtomicU64,
     /// Changes with every request, so that a fault that comes back can tell
     /// whether one may have been in its way.
@@ -117,7 +121,7 @@ impl Vm {
             kernel,
             switch,
             agent,
-            finalized: AtomicBool::new(false),
+            finalized: RwLock::new(false),
             bindings: ShardedLock::default(),
             serials: AtomicU64::new(0),
             generation: AtomicU64::new(0),
@@ -134,23 +138,31 @@ impl Vm {
         matches!(self.switch, Switch::Mapping)
     }
 
+    /// The bindings, which stay as they are for as long as this is held.
+    pub(crate) fn bindings(&self) -> ShardedLockReadGuard<'_, Bindings> {
+        self.bindings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends the time for initial contents; see [`Agent::finalize`]. Refused the
     /// second time.
     pub fn finalize(&self) -> Result<()> {
-        if self.finalized.swap(true, Ordering::AcqRel) {
+        let finalized = self.finalized.write();
+        let mut finalized = finalized.unwrap_or_else(PoisonError::into_inner);
+        if *finalized {
             return Err(Error::Finalized);
         }
-        let result = self.agent.finalize(self.kernel.as_ref());
-        if result.is_err() {
-            self.finalized.store(false, Ordering::Release);
-        }
-        result
+        self.agent.finalize(self.kernel.as_ref())?;
+        *finalized = true;
+        Ok(())
     }
 
-    pub(crate) fn check_not_finalized(&self) -> Result<()> {
-        match self.finalized.load(Ordering::Acquire) {
+    /// Keeps the time for initial contents from ending, if it has not.
+    pub(crate) fn not_finalized(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        let finalized = self.finalized.read();
+        let finalized = finalized.unwrap_or_else(PoisonError::into_inner);
+        match *finalized {
             true => Err(Error::Finalized),
-            false => Ok(()),
+            false => Ok(finalized),
         }
     }
 
@@ -230,8 +242,7 @@ impl Vm {
 
     /// The bindings of `region`, in order of guest-physical address.
     pub fn bindings_of(&self, region: &Arc<Region>) -> Vec<Binding> {
-        let bindings = self.bindings.read().unwrap_or_else(PoisonError::into_inner);
-        bindings
+        self.bindings()
             .values()
             .filter(|binding| Arc::ptr_eq(&binding.region, region))
             .cloned()

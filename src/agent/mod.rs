@@ -74,6 +74,12 @@ pub trait Agent: Send + Sync {
     /// What it is called in messages and reports.
     fn name(&self) -> &str;
 
+    /// Whether there can be initial contents of this type, before anything is
+    /// made private for them.
+    fn check_populate(&self, _page_type: PageType) -> Result<()> {
+        Ok(())
+    }
+
     /// Gives private pages their initial contents, in order of address, before
     /// the guest runs. What is interrupted or done in part is the agent's to
     /// repeat; a failure names the page at which it ended.
@@ -104,8 +110,12 @@ impl Agent for SwProtected {
         "sw-protected"
     }
 
-    fn populate(&self, _: InitialPages) -> Result<()> {
+    fn check_populate(&self, _: PageType) -> Result<()> {
         Err(Error::NoInitialContents(self.name().to_owned()))
+    }
+
+    fn populate(&self, pages: InitialPages) -> Result<()> {
+        self.check_populate(pages.page_type)
     }
 
     fn finalize(&self, _: &dyn Kernel) -> Result<()> {

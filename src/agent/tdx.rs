@@ -29,6 +29,11 @@ impl Tdx {
     pub fn set_vcpu(&self, vcpu: BorrowedFd<'static>) {
         *self.vcpu.lock().unwrap_or_else(PoisonError::into_inner) = Some(vcpu);
     }
+
+    fn vcpu(&self) -> Result<BorrowedFd<'static>> {
+        let vcpu = self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+        vcpu.ok_or(Error::NoVcpu)
+    }
 }
 
 impl Agent for Tdx {
@@ -36,21 +41,22 @@ impl Agent for Tdx {
         "tdx"
     }
 
+    fn check_populate(&self, page_type: PageType) -> Result<()> {
+        match page_type {
+            PageType::Normal | PageType::Unmeasured => self.vcpu().map(drop),
+            other => Err(Error::PageType {
+                page_type: other.name(),
+                agent: self.name().to_owned(),
+            }),
+        }
+    }
+
     /// `KVM_TDX_INIT_MEM_REGION`, which does some of the pages and leaves the
     /// rest in its argument when a signal comes or the module is busy.
     fn populate(&self, pages: InitialPages) -> Result<()> {
-        let vcpu = *self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let vcpu = vcpu.ok_or(Error::NoVcpu)?;
-        let measure = match pages.page_type {
-            PageType::Normal => true,
-            PageType::Unmeasured => false,
-            other => {
-                return Err(Error::PageType {
-                    page_type: other.name(),
-                    agent: self.name().to_owned(),
-                });
-            }
-        };
+        self.check_populate(pages.page_type)?;
+        let vcpu = self.vcpu()?;
+        let measure = pages.page_type == PageType::Normal;
         let Some(source) = pages.source else {
             return Err(Error::InvalidArgument("TDX pages need a source".into()));
         };

@@ -126,6 +126,8 @@ static int private_backend_pre_load(void *opaque)
 {
     HostMemoryBackendPrivate *m = opaque;
 
+    /* There is one where loading failed before. */
+    g_free(m->saved_state);
     m->saved_state = g_malloc(m->saved_size);
     return 0;
 }
@@ -654,13 +656,22 @@ static void private_backend_instance_init(Object *obj)
     MEMORY_BACKEND(obj)->share = true;
 }
 
+/*
+ * The id may be used again from now on, though the object stays for as long as
+ * anybody maps its RAM.
+ */
+static void private_backend_unparent(Object *obj)
+{
+    vmstate_unregister(VMSTATE_IF(obj), &vmstate_private_backend,
+                       MEMORY_BACKEND_PRIVATE(obj));
+}
+
 /* By now nobody maps the RAM any more: the last user held a reference. */
 static void private_backend_instance_finalize(Object *obj)
 {
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
 
     qemu_unregister_reset(private_backend_reset, m);
-    vmstate_unregister(VMSTATE_IF(m), &vmstate_private_backend, m);
     g_free(m->saved_state);
     if (m->postcopy_notifier.notify) {
         postcopy_remove_notifier(&m->postcopy_notifier);
@@ -678,6 +689,7 @@ static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
     RamDiscardManagerClass *rdmc = RAM_DISCARD_MANAGER_CLASS(oc);
 
+    oc->unparent = private_backend_unparent;
     bc->alloc = private_backend_memory_alloc;
     parent_complete = ucc->complete;
     ucc->complete = private_backend_complete;

@@ -15,6 +15,7 @@
 #include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/host-utils.h"
+#include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/units.h"
 #include "monitor/hmp.h"
@@ -221,8 +222,13 @@ int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length)
 
 void *private_memory_place(AddressSpace *as, hwaddr addr, hwaddr *len)
 {
-    MemoryRegionSection section = memory_region_find(as->root, addr, *len);
+    MemoryRegionSection section;
 
+    /* With emulation, others can map it; address spaces change under the BQL. */
+    if (!private_memory_enabled() || !bql_locked()) {
+        return NULL;
+    }
+    section = memory_region_find(as->root, addr, *len);
     if (!section.mr) {
         return NULL;
     }

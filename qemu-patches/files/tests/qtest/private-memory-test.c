@@ -420,6 +420,10 @@ static void test_object_add_del(void)
 
     assert_error(qtest_qmp(qts, "{ 'execute': 'object-del', "
                            "'arguments': { 'id': 'ram0' } }"), "in use", NULL);
+    assert_error(qtest_qmp(qts, "{ 'execute': 'qom-set', 'arguments': "
+                           "{ 'path': '/objects/ram0', "
+                           "'property': 'prealloc', 'value': true } }"),
+                 "'prealloc'", "memory-backend-private", NULL);
     for (int i = 0; i < 3; i++) {
         response = add(qts, "'emulate': true, 'size': 1048576");
         g_assert_true(qdict_haskey(response, "return"));
