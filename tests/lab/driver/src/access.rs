@@ -58,7 +58,7 @@ fn neither_migrated_nor_saved(lab: &Lab) -> Result<()> {
     let mut machine = Launch::private(lab).start_guest()?;
     machine.convert(BASE, 2, Private)?;
     machine.fill(BASE, 2, 7)?;
-    for mode in ["normal", "cpr-reboot", "cpr-transfer"] {
+    for mode in ["normal", "cpr-reboot"] {
         machine
             .qmp
             .call("migrate-set-parameters", json!({ "mode": mode }))?;
