@@ -14,7 +14,6 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::agent::{InitialPages, PageType};
@@ -23,7 +22,7 @@ use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeGuard;
 use crate::region::Region;
 use crate::state::Side;
-use crate::vm::{Binding, Vm};
+use crate::vm::{Binding, Vm, seen};
 
 /// At most this many bytes in one call into the kernel, which holds its
 /// memory-slot lock meanwhile.
@@ -197,18 +196,13 @@ impl Vm {
     /// not.
     pub(crate) fn convert_offsets(&self, region: &Region, offsets: Range, to: Side) -> Result<()> {
         let bindings = self.bindings();
-        let own = bindings
-            .values()
-            .filter(|binding| std::ptr::eq(Arc::as_ptr(&binding.region), region));
-        let bound = own.filter_map(|binding| {
-            let offsets = binding.offsets().intersection(&offsets)?;
-            Some(Segment {
-                region,
-                offsets,
-                gpa: Some(offsets.rebase(binding.offset, binding.gpa.start())),
-            })
+        let bound = seen(&bindings, region, offsets).map(|(offsets, gpa)| Segment {
+            region,
+            offsets,
+            gpa: Some(gpa),
         });
-        while run(&bound.clone().collect::<Vec<_>>(), to)?.is_some() {}
+        let bound: Vec<_> = bound.collect();
+        while run(&bound, to)?.is_some() {}
         // What is bound is on its side now; the rest needs no attributes.
         let all = Segment {
             region,
@@ -350,9 +344,9 @@ fn convert<'a, I>(step: impl Fn() -> I, to: Side, done: &mut Done) -> Result<()>
 where
     I: Iterator<Item = Segment<'a>>,
 {
-    step().try_for_each(|change| change.punch(to))?;
-    step().try_for_each(|change| change.allocate(to))?;
     for change in step() {
+        change.punch(to)?;
+        change.allocate(to)?;
         change.before(to)?;
         done.asked += 1;
     }

@@ -12,7 +12,7 @@ use crate::kernel::NumaPolicy;
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::{Side, StateMap};
-use crate::vm::{Binding, Bindings};
+use crate::vm::{Bindings, seen};
 
 /// include/uapi/linux/mempolicy.h, from Linux 5.15 on; not in the libc crate.
 const MPOL_PREFERRED_MANY: i32 = 5;
@@ -22,6 +22,14 @@ const MOVED: u64 = 1 << 20;
 
 /// Bytes that one thread takes at a time when preallocating.
 const PREALLOCATED: u64 = 16 << 20;
+
+/// All runs of a map, in pieces of at most `limit` bytes.
+fn pieces(state: &StateMap, limit: u64) -> impl Iterator<Item = (Side, Range)> {
+    state.runs(0..state.len()).flat_map(move |run| {
+        let pieces = Range::from_granules(run.granules).pieces(limit);
+        pieces.map(move |piece| (run.side, piece))
+    })
+}
 
 impl Region {
     /// Takes the memory of all that there is now, with `threads` at once, and
@@ -34,12 +42,7 @@ impl Region {
 
     fn allocate_all(&self, threads: NonZeroUsize) -> Result<()> {
         let _held = self.lock.acquire(vec![self.size]);
-        let runs = self.state.runs(self.size.granules());
-        let pieces = runs.flat_map(|run| {
-            let pieces = Range::from_granules(run.granules).pieces(PREALLOCATED);
-            pieces.map(move |piece| (run.side, piece))
-        });
-        let pieces = Mutex::new(pieces);
+        let pieces = Mutex::new(pieces(&self.state, PREALLOCATED));
         let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
         let work = || {
             while let Some((side, piece)) = next() {
@@ -113,10 +116,8 @@ impl Region {
         let shared = || self.runs_on(Side::Shared, offsets);
         shared().for_each(|run| self.listeners.discard(run));
         self.invalidate(&bindings, offsets);
-        let freed = [Side::Private, Side::Shared]
-            .map(|side| self.store(side).punch(offsets))
-            .into_iter()
-            .fold(Ok(()), Result::and);
+        let punch = |side| self.store(side).punch(offsets);
+        let freed = punch(Side::Private).and(punch(Side::Shared));
         let mapped = shared()
             .map(|run| self.listeners.populate(run))
             .fold(Ok(()), Result::and);
@@ -152,14 +153,11 @@ impl Region {
     /// Tells the agent of what goes of `offsets` that is private, where the
     /// guest sees it.
     pub(crate) fn invalidate(&self, bindings: &Bindings, offsets: Range) {
-        let own = |binding: &&Binding| std::ptr::eq(Arc::as_ptr(&binding.region), self);
-        for binding in bindings.values().filter(own) {
-            let Some(seen) = binding.offsets().intersection(&offsets) else {
-                continue;
-            };
-            for run in self.runs_on(Side::Private, seen) {
-                let gpa = run.rebase(binding.offset, binding.gpa.start());
-                self.vm.agent().invalidate(gpa);
+        for (part, gpa) in seen(bindings, self, offsets) {
+            for run in self.runs_on(Side::Private, part) {
+                self.vm
+                    .agent
+                    .invalidate(run.rebase(part.start(), gpa.start()));
             }
         }
     }
@@ -179,12 +177,8 @@ impl Region {
             return Err(Error::CannotLoad(self.name.clone()));
         }
         let wanted = StateMap::from_bytes(self.state.len(), bytes)?;
-        let pieces = wanted.runs(self.size.granules()).flat_map(|run| {
-            let pieces = Range::from_granules(run.granules).pieces(MOVED);
-            pieces.map(move |piece| (run.side, piece))
-        });
         let mut contents = Vec::new();
-        for (to, piece) in pieces {
+        for (to, piece) in pieces(&wanted, MOVED) {
             let changes: Vec<_> = self.runs_on(to.other(), piece).collect();
             for offsets in changes {
                 contents.resize(offsets.len() as usize, 0);

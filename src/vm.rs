@@ -55,6 +55,19 @@ impl Binding {
 /// By first guest-physical address.
 pub(crate) type Bindings = BTreeMap<u64, Binding>;
 
+/// What the guest sees of `offsets` of a region: each part, and where.
+pub(crate) fn seen<'a>(
+    bindings: &'a Bindings,
+    region: &'a Region,
+    offsets: Range,
+) -> impl Iterator<Item = (Range, Range)> {
+    let own = |binding: &&Binding| std::ptr::eq(&*binding.region, region);
+    bindings.values().filter(own).filter_map(move |binding| {
+        let part = binding.offsets().intersection(&offsets)?;
+        Some((part, part.rebase(binding.offset, binding.gpa.start())))
+    })
+}
+
 /// A VM. Regions belong to one VM; bindings say where its guest sees them.
 pub struct Vm {
     pub(crate) kernel: Arc<dyn Kernel>,
@@ -126,11 +139,6 @@ impl Vm {
             serials: AtomicU64::new(0),
             generation: AtomicU64::new(0),
         }))
-    }
-
-    /// The trust agent.
-    pub fn agent(&self) -> &Arc<dyn Agent> {
-        &self.agent
     }
 
     /// Whether the host reaches contents of both sides: nobody protects them.

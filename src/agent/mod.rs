@@ -15,7 +15,7 @@ mod tdx;
 
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
-use crate::range::{GRANULE, Range};
+use crate::range::Range;
 use crate::state::Side;
 use crate::store::Store;
 
@@ -200,9 +200,4 @@ impl CommandError {
             source: self.error,
         }
     }
-}
-
-/// Frames of 4 KiB in a range.
-fn frames(range: Range) -> u64 {
-    range.len() / GRANULE
 }

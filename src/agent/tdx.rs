@@ -4,9 +4,10 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
 
-use super::{Agent, InitialPages, PageType, frames, repeat};
+use super::{Agent, InitialPages, PageType, repeat};
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, TdxInitMemRegion};
+use crate::range::GRANULE;
 
 /// The agent of a `KVM_X86_TDX_VM`.
 ///
@@ -63,7 +64,7 @@ impl Agent for Tdx {
         let mut region = TdxInitMemRegion {
             source_addr: source.as_mut_ptr() as u64,
             gpa: pages.gpa.start(),
-            nr_pages: frames(pages.gpa),
+            nr_pages: pages.gpa.len() / GRANULE,
         };
         let kernel = pages.kernel;
         let done = repeat(region.nr_pages, || {
