@@ -95,6 +95,10 @@ struct privmem_agent {
    */
   const char *name;
   /**
+   * Begins the time for initial contents. May be NULL, as all functions.
+   */
+  int (*prepare)(void *opaque);
+  /**
    * Gives private pages their initial contents, in order of address; what is
    * interrupted is the agent's to repeat. `source` is NULL for
    * PRIVMEM_PAGE_ZERO.
@@ -109,8 +113,7 @@ struct privmem_agent {
    */
   int (*finalize)(void *opaque);
   /**
-   * The range is about to change side; if this fails, it does not. May be
-   * NULL, as the two below.
+   * The range is about to change side; if this fails, it does not.
    */
   int (*before_convert)(void *opaque, uint64_t gpa, uint64_t size, bool to_private);
   /**
@@ -315,8 +318,8 @@ int privmem_vm_new_emulated(struct privmem_vm **vm);
 
 /**
  * Makes a VM with the TDX module as its trust agent, through KVM: for a VM fd
- * of type KVM_X86_TDX_VM, after KVM_TDX_INIT_VM. Like `privmem_vm_new_kvm`
- * otherwise. Source: Documentation/virt/kvm/x86/intel-tdx.rst.
+ * of type KVM_X86_TDX_VM; KVM_TDX_INIT_VM comes before initial contents. Like
+ * `privmem_vm_new_kvm` otherwise. Source: Documentation/virt/kvm/x86/intel-tdx.rst.
  *
  * # Safety
  * `vm` is NULL or valid for writing; `vm_fd` stays open until the VM and all
@@ -349,17 +352,17 @@ int privmem_vm_set_tdx_vcpu(const struct privmem_vm *vm, int vcpu_fd);
 int privmem_vm_new_snp(int vm_fd, int sev_fd, struct privmem_vm **vm);
 
 /**
- * KVM_SEV_SNP_LAUNCH_START: makes the guest's context, before any initial
- * contents. `start` is a `struct kvm_sev_snp_launch_start` of <linux/kvm.h>.
+ * With what `privmem_vm_prepare` is to begin the launch of an SEV-SNP guest: a
+ * `struct kvm_sev_snp_launch_start` of <linux/kvm.h>; the policy 0x30000 by
+ * default.
  *
- * Errors: -EINVAL for NULL, another size, or a VM with another agent; what the
- * kernel returned.
+ * Errors: -EINVAL for NULL, another size, or a VM with another agent.
  *
  * # Safety
  * `vm` is NULL or a live handle; `start` is NULL or valid for reading
  * `start_size` bytes.
  */
-int privmem_vm_snp_start(const struct privmem_vm *vm, const void *start, size_t start_size);
+int privmem_vm_snp_set_start(const struct privmem_vm *vm, const void *start, size_t start_size);
 
 /**
  * With what `privmem_vm_finalize` is to end the launch of an SEV-SNP guest: a
@@ -391,6 +394,19 @@ int privmem_vm_snp_set_finish(const struct privmem_vm *vm, const void *finish, s
 int privmem_vm_new_agent(int vm_fd, const struct privmem_agent *agent, struct privmem_vm **vm);
 
 /**
+ * Begins the time for initial contents: KVM_SEV_SNP_LAUNCH_START, or nothing
+ * for other agents. To be called once, before any are given, unless the VMM has
+ * done so by itself.
+ *
+ * Errors: -EPERM the second time; what the kernel returned: it may be called
+ * again then.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle.
+ */
+int privmem_vm_prepare(const struct privmem_vm *vm);
+
+/**
  * Gives `size` bytes at guest-physical `gpa` their initial contents, before the
  * guest runs, from `source`: as many bytes at a multiple of the granule, NULL
  * for PRIVMEM_PAGE_ZERO. All of the range must be bound; what is not private
@@ -415,7 +431,9 @@ int privmem_vm_populate(const struct privmem_vm *vm,
 
 /**
  * Ends the time for initial contents: KVM_TDX_FINALIZE_VM,
- * KVM_SEV_SNP_LAUNCH_FINISH, or nothing for other agents.
+ * KVM_SEV_SNP_LAUNCH_FINISH, or nothing for other agents. What the shared
+ * stores hold where memory is private is freed then, so that sources may lie
+ * there.
  *
  * Errors: -EPERM the second time; what the kernel returned: it may be called
  * again then.
@@ -683,7 +701,8 @@ int privmem_region_remove_listener(const struct privmem_region *region, void *op
  * Puts all of a region on the side where it began, and frees all private
  * pages, as at the reset of a machine. vCPUs do not run meanwhile. May sleep.
  *
- * Errors: what the kernel or a listener returned; the region may be partly
+ * Errors: -EPERM after a launch with initial contents, which nobody could give
+ * again; nothing has changed then; what the kernel or a listener returned; the region may be partly
  * reset then.
  *
  * # Safety

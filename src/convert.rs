@@ -149,6 +149,7 @@ impl Vm {
         check_source(source.as_deref(), request, page_type)?;
         let _not_finalized = self.not_finalized()?;
         self.agent.check_populate(page_type)?;
+        self.populated.store(true, Ordering::Relaxed);
         loop {
             let mut done = 0;
             while done < size {

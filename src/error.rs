@@ -72,6 +72,15 @@ pub enum Error {
     #[error("the guest's initial contents are final; nothing can be added to them")]
     Finalized,
 
+    #[error("the launch of this guest has begun already")]
+    Prepared,
+
+    #[error(
+        "a guest whose launch has ended cannot be reset, as its measured contents would be gone; \
+         end it and start another"
+    )]
+    CannotReset,
+
     #[error("trust agent '{name}' refuses: {source}")]
     Agent { name: String, source: io::Error },
 
@@ -172,7 +181,7 @@ impl Error {
             Error::NoMemoryForState { .. } => libc::ENOMEM,
             Error::NoInitialContents(_) => libc::EOPNOTSUPP,
             Error::NoVcpu | Error::PageType { .. } => libc::EINVAL,
-            Error::Finalized => libc::EPERM,
+            Error::Finalized | Error::Prepared | Error::CannotReset => libc::EPERM,
             Error::Kernel { source, .. }
             | Error::Command { source, .. }
             | Error::Agent { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),

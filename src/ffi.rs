@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::agent::{Agent, InitialPages, PageType, Snp, SnpFinish, SnpStart, Tdx};
+use crate::agent::{Agent, InitialPages, PageType, Snp, SnpFinish, Tdx};
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Linux, NumaPolicy};
 use crate::listener::Listener;
@@ -68,6 +68,8 @@ pub struct privmem_agent {
     pub opaque: *mut c_void,
     /// In messages; copied.
     pub name: *const c_char,
+    /// Begins the time for initial contents. May be NULL, as all functions.
+    pub prepare: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
     /// Gives private pages their initial contents, in order of address; what is
     /// interrupted is the agent's to repeat. `source` is NULL for
     /// PRIVMEM_PAGE_ZERO.
@@ -82,8 +84,7 @@ pub struct privmem_agent {
     >,
     /// Ends the time for initial contents.
     pub finalize: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// The range is about to change side; if this fails, it does not. May be
-    /// NULL, as the two below.
+    /// The range is about to change side; if this fails, it does not.
     pub before_convert: Option<
         unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, to_private: bool) -> c_int,
     >,
@@ -122,6 +123,13 @@ impl CAgent {
 impl Agent for CAgent {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn prepare(&self, _: &dyn Kernel) -> Result<()> {
+        // SAFETY: the agent outlives its VM.
+        self.table.prepare.map_or(Ok(()), |prepare| {
+            self.result(unsafe { prepare(self.table.opaque) })
+        })
     }
 
     fn check_populate(&self, _: PageType) -> Result<()> {
@@ -432,8 +440,8 @@ pub unsafe extern "C" fn privmem_vm_new_emulated(vm: *mut *mut privmem_vm) -> c_
 }
 
 /// Makes a VM with the TDX module as its trust agent, through KVM: for a VM fd
-/// of type KVM_X86_TDX_VM, after KVM_TDX_INIT_VM. Like `privmem_vm_new_kvm`
-/// otherwise. Source: Documentation/virt/kvm/x86/intel-tdx.rst.
+/// of type KVM_X86_TDX_VM; KVM_TDX_INIT_VM comes before initial contents. Like
+/// `privmem_vm_new_kvm` otherwise. Source: Documentation/virt/kvm/x86/intel-tdx.rst.
 ///
 /// # Safety
 /// `vm` is NULL or valid for writing; `vm_fd` stays open until the VM and all
@@ -500,30 +508,29 @@ pub unsafe extern "C" fn privmem_vm_new_snp(
     })
 }
 
-/// KVM_SEV_SNP_LAUNCH_START: makes the guest's context, before any initial
-/// contents. `start` is a `struct kvm_sev_snp_launch_start` of <linux/kvm.h>.
+/// With what `privmem_vm_prepare` is to begin the launch of an SEV-SNP guest: a
+/// `struct kvm_sev_snp_launch_start` of <linux/kvm.h>; the policy 0x30000 by
+/// default.
 ///
-/// Errors: -EINVAL for NULL, another size, or a VM with another agent; what the
-/// kernel returned.
+/// Errors: -EINVAL for NULL, another size, or a VM with another agent.
 ///
 /// # Safety
 /// `vm` is NULL or a live handle; `start` is NULL or valid for reading
 /// `start_size` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn privmem_vm_snp_start(
+pub unsafe extern "C" fn privmem_vm_snp_set_start(
     vm: *const privmem_vm,
     start: *const c_void,
     start_size: usize,
 ) -> c_int {
     guard(|| {
         // SAFETY: a live handle or NULL, by contract.
-        let vm = unsafe { borrow(vm, "vm") }?;
-        let Launch::Snp(snp) = &vm.1 else {
+        let Launch::Snp(snp) = &unsafe { borrow(vm, "vm") }?.1 else {
             return Err(other_agent("SEV-SNP"));
         };
         // SAFETY: `start_size` bytes, by contract; any bytes are a valid one.
-        let start = unsafe { read_struct::<SnpStart>(start, start_size, "start") }?;
-        snp.start(vm.0.kernel.as_ref(), &start)
+        snp.set_start(unsafe { read_struct(start, start_size, "start") }?);
+        Ok(())
     })
 }
 
@@ -598,6 +605,21 @@ pub unsafe extern "C" fn privmem_vm_new_agent(
     })
 }
 
+/// Begins the time for initial contents: KVM_SEV_SNP_LAUNCH_START, or nothing
+/// for other agents. To be called once, before any are given, unless the VMM has
+/// done so by itself.
+///
+/// Errors: -EPERM the second time; what the kernel returned: it may be called
+/// again then.
+///
+/// # Safety
+/// `vm` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_prepare(vm: *const privmem_vm) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(vm, "vm") }?.0.prepare())
+}
+
 /// Gives `size` bytes at guest-physical `gpa` their initial contents, before the
 /// guest runs, from `source`: as many bytes at a multiple of the granule, NULL
 /// for PRIVMEM_PAGE_ZERO. All of the range must be bound; what is not private
@@ -644,7 +666,9 @@ pub unsafe extern "C" fn privmem_vm_populate(
 }
 
 /// Ends the time for initial contents: KVM_TDX_FINALIZE_VM,
-/// KVM_SEV_SNP_LAUNCH_FINISH, or nothing for other agents.
+/// KVM_SEV_SNP_LAUNCH_FINISH, or nothing for other agents. What the shared
+/// stores hold where memory is private is freed then, so that sources may lie
+/// there.
 ///
 /// Errors: -EPERM the second time; what the kernel returned: it may be called
 /// again then.
@@ -1160,7 +1184,8 @@ pub unsafe extern "C" fn privmem_region_remove_listener(
 /// Puts all of a region on the side where it began, and frees all private
 /// pages, as at the reset of a machine. vCPUs do not run meanwhile. May sleep.
 ///
-/// Errors: what the kernel or a listener returned; the region may be partly
+/// Errors: -EPERM after a launch with initial contents, which nobody could give
+/// again; nothing has changed then; what the kernel or a listener returned; the region may be partly
 /// reset then.
 ///
 /// # Safety

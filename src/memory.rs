@@ -124,6 +124,16 @@ impl Region {
         freed.and(mapped)
     }
 
+    /// Frees what the shared store holds of `offsets` where they are private.
+    /// What cannot be freed is only held twice.
+    pub(crate) fn free_sources(&self, offsets: Range) {
+        let _held = self.lock.acquire(vec![self.locked(offsets)]);
+        for run in self.runs_on(Side::Private, offsets) {
+            let _ = self.punch(Side::Shared, run);
+            self.punch_huge_pages(run);
+        }
+    }
+
     /// What a conversion of `offsets` must lock: huge pages are given back
     /// whole.
     pub(crate) fn locked(&self, offsets: Range) -> Range {

@@ -247,8 +247,10 @@ impl Region {
     }
 
     /// Back to the initial state, without private contents. For the reset of a
-    /// machine, whose vCPUs do not run meanwhile.
+    /// machine, whose vCPUs do not run meanwhile. Refused after a launch with
+    /// initial contents, which nobody could give again.
     pub fn reset(self: &Arc<Region>) -> Result<()> {
+        self.vm.check_reset()?;
         self.vm
             .convert_offsets(self, self.size, self.options.initial)?;
         let bindings = self.vm.bindings();

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crossbeam::sync::{ShardedLock, ShardedLockReadGuard};
 use kvm_bindings::{
@@ -68,14 +68,25 @@ pub(crate) fn seen<'a>(
     })
 }
 
+/// How far the launch of a guest is, as far as it is ours.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Launch {
+    New,
+    Prepared,
+    /// Initial contents are final.
+    Finalized,
+}
+
 /// A VM. Regions belong to one VM; bindings say where its guest sees them.
 pub struct Vm {
     pub(crate) kernel: Arc<dyn Kernel>,
     pub(crate) switch: Switch,
     pub(crate) agent: Arc<dyn Agent>,
-    /// Initial contents are final. Held while some are given; goes before all
-    /// other locks.
-    finalized: RwLock<bool>,
+    /// How far the launch is. Held while initial contents are given; goes before
+    /// all other locks.
+    launch: RwLock<Launch>,
+    /// Initial contents were given.
+    pub(crate) populated: AtomicBool,
     /// By first guest-physical address. Read by every conversion, changed only
     /// when memory slots change.
     bindings: ShardedLock<Bindings>,
@@ -134,7 +145,8 @@ impl Vm {
             kernel,
             switch,
             agent,
-            finalized: RwLock::new(false),
+            launch: RwLock::new(Launch::New),
+            populated: AtomicBool::new(false),
             bindings: ShardedLock::default(),
             serials: AtomicU64::new(0),
             generation: AtomicU64::new(0),
@@ -151,26 +163,50 @@ impl Vm {
         self.bindings.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Begins the time for initial contents; see [`Agent::prepare`]. Refused the
+    /// second time. Not to be called where the VMM has done so by itself.
+    pub fn prepare(&self) -> Result<()> {
+        let mut launch = self.launch.write().unwrap_or_else(PoisonError::into_inner);
+        match *launch {
+            Launch::New => self.agent.prepare(self.kernel.as_ref())?,
+            Launch::Prepared => return Err(Error::Prepared),
+            Launch::Finalized => return Err(Error::Finalized),
+        }
+        *launch = Launch::Prepared;
+        Ok(())
+    }
+
     /// Ends the time for initial contents; see [`Agent::finalize`]. Refused the
-    /// second time.
+    /// second time. What the shared stores hold where memory is private is
+    /// freed: sources of initial contents may have been put there.
     pub fn finalize(&self) -> Result<()> {
-        let finalized = self.finalized.write();
-        let mut finalized = finalized.unwrap_or_else(PoisonError::into_inner);
-        if *finalized {
+        let mut launch = self.launch.write().unwrap_or_else(PoisonError::into_inner);
+        if *launch == Launch::Finalized {
             return Err(Error::Finalized);
         }
         self.agent.finalize(self.kernel.as_ref())?;
-        *finalized = true;
+        *launch = Launch::Finalized;
+        for binding in self.bindings().values() {
+            binding.region.free_sources(binding.offsets());
+        }
         Ok(())
     }
 
     /// Keeps the time for initial contents from ending, if it has not.
-    pub(crate) fn not_finalized(&self) -> Result<RwLockReadGuard<'_, bool>> {
-        let finalized = self.finalized.read();
-        let finalized = finalized.unwrap_or_else(PoisonError::into_inner);
-        match *finalized {
-            true => Err(Error::Finalized),
-            false => Ok(finalized),
+    pub(crate) fn not_finalized(&self) -> Result<impl Sized> {
+        let launch = self.launch.read().unwrap_or_else(PoisonError::into_inner);
+        match *launch {
+            Launch::Finalized => Err(Error::Finalized),
+            Launch::New | Launch::Prepared => Ok(launch),
+        }
+    }
+
+    /// Keeps contents that were part of a launch from going, if it has ended.
+    pub(crate) fn check_reset(&self) -> Result<()> {
+        let launched = self.not_finalized().is_err();
+        match launched && self.populated.load(Ordering::Relaxed) {
+            true => Err(Error::CannotReset),
+            false => Ok(()),
         }
     }
 

@@ -48,10 +48,9 @@ impl Launch {
     fn snp() -> Launch {
         let kernel = Model::new();
         let agent = Snp::new(stand_in_fd(), stand_in_fd());
-        kernel.install(SnpFirmware::default());
-        agent.start(kernel.as_ref(), &SnpStart::default()).unwrap();
-        let vm = Vm::with_agent(kernel.clone(), Some(stand_in_fd()), Arc::new(agent));
-        Launch::new(kernel, vm.unwrap())
+        let vm = kernel.vm_with(Arc::new(agent), SnpFirmware::default());
+        vm.prepare().unwrap();
+        Launch::new(kernel, vm)
     }
 
     fn both() -> [Launch; 2] {
@@ -271,11 +270,58 @@ fn snp_begins_and_ends_once() {
     assert_eq!(launch.vm.finalize().unwrap_err().errno(), libc::EINVAL);
     let early = launch.populate(0, &[1], PageType::Normal).unwrap_err();
     assert_eq!(early.errno(), libc::EINVAL);
-    let start = || agent.start(launch.kernel.as_ref(), &SnpStart::default());
-    start().unwrap();
-    assert_eq!(start().unwrap_err().errno(), libc::EINVAL);
+    let with = |policy| SnpStart {
+        policy,
+        ..SnpStart::default()
+    };
+    // Without a bit that all policies have.
+    agent.set_start(with(0x10000));
+    assert_eq!(launch.vm.prepare().unwrap_err().errno(), libc::EINVAL);
+    agent.set_start(with(0x30000));
+    launch.vm.prepare().unwrap();
+    assert_eq!(launch.vm.prepare().unwrap_err().errno(), libc::EPERM);
+    // A VMM that has begun by itself.
+    assert_eq!(
+        agent.prepare(launch.kernel.as_ref()).unwrap_err().errno(),
+        libc::EINVAL
+    );
     launch.populate(0, &[1], PageType::Normal).unwrap();
     launch.vm.finalize().unwrap();
+    assert_eq!(launch.vm.prepare().unwrap_err().errno(), libc::EPERM);
+}
+
+#[test]
+fn what_was_launched_is_not_reset() {
+    for launch in Launch::both() {
+        launch.region.reset().unwrap();
+        launch.populate(0, &[1, 2], PageType::Normal).unwrap();
+        launch.vm.finalize().unwrap();
+        let error = launch.region.reset().unwrap_err();
+        assert_eq!(error.errno(), libc::EPERM, "{error}");
+        let held = launch.region.info().private_held;
+        assert_eq!(held, Some(2 * GRANULE));
+    }
+}
+
+/// A source may lie in the shared store, in the place of what it is for.
+#[test]
+fn sources_are_freed_when_the_launch_has_ended() {
+    for launch in Launch::both() {
+        for granule in 0..4 {
+            let region = &launch.region;
+            launch.kernel.write_store(region, Side::Shared, granule, 7);
+        }
+        common::convert(&launch.vm, 3..4, Side::Shared).unwrap();
+        launch
+            .kernel
+            .write_store(&launch.region, Side::Shared, 3, 7);
+        launch.populate(0, &[7, 7], PageType::Normal).unwrap();
+        assert_eq!(launch.region.info().held_twice, Some(3 * GRANULE));
+        launch.vm.finalize().unwrap();
+        let info = launch.region.info();
+        assert_eq!(info.held_twice, Some(0));
+        assert_eq!(info.shared_held, Some(GRANULE));
+    }
 }
 
 #[test]

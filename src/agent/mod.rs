@@ -74,6 +74,11 @@ pub trait Agent: Send + Sync {
     /// What it is called in messages and reports.
     fn name(&self) -> &str;
 
+    /// Begins the time for initial contents, once, before any are given.
+    fn prepare(&self, _kernel: &dyn Kernel) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether there can be initial contents of this type, before anything is
     /// made private for them.
     fn check_populate(&self, _page_type: PageType) -> Result<()> {

@@ -18,9 +18,18 @@ use crate::error::Result;
 use crate::kernel::Kernel;
 use crate::range::GRANULE;
 
-/// Neither an ID block nor data of the host. (Written out: of kvm-bindings only
-/// layouts are used, no code.)
-const NOTHING: SnpFinish = SnpFinish {
+/// The policy that QEMU has by default: SMT is allowed, debugging is not; bit 17
+/// is always set. (Written out: of kvm-bindings only layouts are used, no code.)
+const DEFAULT_START: SnpStart = SnpStart {
+    policy: 0x30000,
+    gosvw: [0; 16],
+    flags: 0,
+    pad0: [0; 6],
+    pad1: [0; 4],
+};
+
+/// Neither an ID block nor data of the host.
+const DEFAULT_FINISH: SnpFinish = SnpFinish {
     id_block_uaddr: 0,
     id_auth_uaddr: 0,
     id_block_en: 0,
@@ -40,21 +49,25 @@ const NOTHING: SnpFinish = SnpFinish {
 pub struct Snp {
     vm: BorrowedFd<'static>,
     sev: BorrowedFd<'static>,
+    start: Mutex<SnpStart>,
     finish: Mutex<SnpFinish>,
 }
 
 impl Snp {
     /// `vm` is KVM's VM fd, initialized by `KVM_SEV_INIT2`, `sev` is /dev/sev.
     pub fn new(vm: BorrowedFd<'static>, sev: BorrowedFd<'static>) -> Snp {
-        let finish = Mutex::new(NOTHING);
-        Snp { vm, sev, finish }
+        Snp {
+            vm,
+            sev,
+            start: Mutex::new(DEFAULT_START),
+            finish: Mutex::new(DEFAULT_FINISH),
+        }
     }
 
-    /// `KVM_SEV_SNP_LAUNCH_START`: makes the guest's context, before any
-    /// initial contents.
-    pub fn start(&self, kernel: &dyn Kernel, start: &SnpStart) -> Result<()> {
-        repeat(0, || (0, kernel.snp_launch_start(self.vm, self.sev, start)))
-            .map_err(|error| error.of("KVM_SEV_SNP_LAUNCH_START", None))
+    /// With what [`Agent::prepare`] is to begin the launch; the policy 0x30000
+    /// by default.
+    pub fn set_start(&self, start: SnpStart) {
+        *self.start.lock().unwrap_or_else(PoisonError::into_inner) = start;
     }
 
     /// With what [`Agent::finalize`] is to end the launch; nothing by default.
@@ -71,6 +84,15 @@ impl Snp {
 impl Agent for Snp {
     fn name(&self) -> &str {
         "sev-snp"
+    }
+
+    /// `KVM_SEV_SNP_LAUNCH_START`, which makes the guest's context.
+    fn prepare(&self, kernel: &dyn Kernel) -> Result<()> {
+        let start = *self.start.lock().unwrap_or_else(PoisonError::into_inner);
+        repeat(0, || {
+            (0, kernel.snp_launch_start(self.vm, self.sev, &start))
+        })
+        .map_err(|error| error.of("KVM_SEV_SNP_LAUNCH_START", None))
     }
 
     /// `KVM_SEV_SNP_LAUNCH_UPDATE`, which may do some of the pages, and leaves

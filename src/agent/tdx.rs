@@ -19,7 +19,7 @@ pub struct Tdx {
 }
 
 impl Tdx {
-    /// `vm` is KVM's VM fd, initialized by `KVM_TDX_INIT_VM`.
+    /// `vm` is KVM's VM fd; `KVM_TDX_INIT_VM` comes before initial contents.
     pub fn new(vm: BorrowedFd<'static>) -> Tdx {
         let vcpu = Mutex::new(None);
         Tdx { vm, vcpu }

@@ -200,9 +200,15 @@ static void convert_in_threads(const struct privmem_vm *vm)
 
 /* A trust agent of ours: counts what it is told, and refuses one page. */
 struct agent {
-    int before, after, invalidated, populated, finalized;
+    int before, after, invalidated, prepared, populated, finalized;
     uint64_t refused;
 };
+
+static int agent_prepare(void *opaque)
+{
+    /* Not at the first time. */
+    return ((struct agent *)opaque)->prepared++ ? 0 : -EAGAIN;
+}
 
 static int agent_populate(void *opaque, uint64_t gpa, uint64_t size,
                           void *source, enum privmem_page_type page_type)
@@ -254,6 +260,7 @@ static void a_client_brings_its_own_agent(void)
         .size = sizeof(table),
         .opaque = &agent,
         .name = "ours",
+        .prepare = agent_prepare,
         .populate = agent_populate,
         .finalize = agent_finalize,
         .before_convert = agent_before,
@@ -270,7 +277,7 @@ static void a_client_brings_its_own_agent(void)
     CHECK(privmem_vm_new_agent(-2, &table, &vm) == -EINVAL);
     CHECK(privmem_vm_new_agent(-1, &table, &vm) == 0);
     CHECK(privmem_vm_set_tdx_vcpu(vm, 0) == -EINVAL);
-    CHECK(privmem_vm_snp_start(vm, source, 64) == -EINVAL);
+    CHECK(privmem_vm_snp_set_start(vm, source, 64) == -EINVAL);
     CHECK(privmem_vm_snp_set_finish(vm, source, 64) == -EINVAL);
     CHECK(privmem_region_new(vm, "ram", PAGES * PAGE, NULL, &region) == 0);
     CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
@@ -284,6 +291,9 @@ static void a_client_brings_its_own_agent(void)
     CHECK(privmem_region_discard(region, 0, 8 * PAGE) == 0);
     CHECK(agent.invalidated == 1);
 
+    CHECK(privmem_vm_prepare(vm) == -EAGAIN);
+    CHECK(privmem_vm_prepare(vm) == 0 && agent.prepared == 2);
+    CHECK(privmem_vm_prepare(vm) == -EPERM);
     memset(source, 3, PAGE);
     memset(source + PAGE, 4, PAGE);
     CHECK(privmem_vm_populate(vm, 0, PAGE, source, 0) == -EINVAL);
@@ -296,6 +306,7 @@ static void a_client_brings_its_own_agent(void)
     CHECK(privmem_vm_finalize(vm) == 0 && agent.finalized == 1);
     CHECK(privmem_vm_finalize(vm) == -EPERM);
     CHECK(privmem_vm_populate(vm, 0, PAGE, source, PRIVMEM_PAGE_NORMAL) == -EPERM);
+    CHECK(privmem_region_reset(region) == -EPERM);
     privmem_region_free(region);
     privmem_vm_free(vm);
 }

@@ -24,7 +24,7 @@ pub trait Firmware: Send {
     /// KVM asks to add one page. `private` tells its memory attribute.
     fn add(&mut self, page: Added, private: bool) -> Result<(), Refusal>;
 
-    fn start(&mut self) -> Result<(), Refusal>;
+    fn start(&mut self, policy: u64) -> Result<(), Refusal>;
 
     fn finish(&mut self) -> Result<(), Refusal>;
 
@@ -100,7 +100,7 @@ impl Firmware for TdxModule {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<(), Refusal> {
+    fn start(&mut self, _: u64) -> Result<(), Refusal> {
         Err((libc::ENOTTY, 0))
     }
 
@@ -160,9 +160,10 @@ impl Firmware for SnpFirmware {
         Ok(())
     }
 
-    fn start(&mut self) -> Result<(), Refusal> {
-        // snp_launch_start(): one context only.
-        if self.0.started {
+    fn start(&mut self, policy: u64) -> Result<(), Refusal> {
+        // snp_launch_start(): one context only, and bits that a policy must have
+        // (SNP_POLICY_MASK_RSVD_MBO).
+        if self.0.started || policy & 1 << 17 == 0 {
             return Err((libc::EINVAL, 0));
         }
         self.0.started = true;

@@ -491,8 +491,8 @@ impl Kernel for Model {
         self.ask(|firmware| firmware.finish())
     }
 
-    fn snp_launch_start(&self, _: BorrowedFd, _: BorrowedFd, _: &SnpStart) -> CommandResult {
-        self.ask(|firmware| firmware.start())
+    fn snp_launch_start(&self, _: BorrowedFd, _: BorrowedFd, start: &SnpStart) -> CommandResult {
+        self.ask(|firmware| firmware.start(start.policy))
     }
 
     unsafe fn snp_launch_update(

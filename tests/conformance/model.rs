@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use privmem::agent::{Snp, SnpStart, Tdx};
+use privmem::agent::{Snp, Tdx};
 use privmem::{Region, Side, Vm};
 
 use crate::common::firmware::{SnpFirmware, TdxModule};
@@ -37,8 +37,8 @@ impl Keeper for TdxModule {
 impl Keeper for SnpFirmware {
     fn vm(kernel: &Arc<Model>) -> Arc<Vm> {
         let agent = Arc::new(Snp::new(stand_in_fd(), stand_in_fd()));
-        let vm = kernel.vm_with(agent.clone(), SnpFirmware::default());
-        agent.start(kernel.as_ref(), &SnpStart::default()).unwrap();
+        let vm = kernel.vm_with(agent, SnpFirmware::default());
+        vm.prepare().unwrap();
         launched(vm)
     }
 }
