@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use kvm_bindings::kvm_sev_snp_launch_update;
 use privmem::kernel::TdxInitMemRegion;
 
 /// What was put into the measurement, or left out, in order.
@@ -187,16 +188,15 @@ impl Firmware for SnpFirmware {
     }
 }
 
-/// What both commands check of their arguments, and how they move them on.
-pub struct Command {
-    pub gfn: u64,
-    pub pages: u64,
-    pub source: u64,
-    pub page_type: u8,
+/// What both commands check of their arguments.
+struct Command {
+    gfn: u64,
+    pages: u64,
+    page_type: u8,
 }
 
 impl Command {
-    pub fn of_tdx(region: &TdxInitMemRegion, measure: bool) -> Option<Command> {
+    fn of_tdx(region: &TdxInitMemRegion, measure: bool) -> Option<Command> {
         // tdx_vcpu_init_mem_region().
         let bad = region.source_addr == 0
             || !region.source_addr.is_multiple_of(4096)
@@ -205,12 +205,11 @@ impl Command {
         (!bad).then_some(Command {
             gfn: region.gpa / 4096,
             pages: region.nr_pages,
-            source: region.source_addr,
             page_type: if measure { 1 } else { 4 },
         })
     }
 
-    pub fn of_snp(update: &kvm_bindings::kvm_sev_snp_launch_update) -> Option<Command> {
+    fn of_snp(update: &kvm_sev_snp_launch_update) -> Option<Command> {
         // snp_launch_update().
         let zero = kvm_bindings::KVM_SEV_SNP_PAGE_TYPE_ZERO as u8;
         let no_source = update.uaddr == 0 || !update.uaddr.is_multiple_of(4096);
@@ -222,8 +221,80 @@ impl Command {
         (!bad).then_some(Command {
             gfn: update.gfn_start,
             pages: update.len / 4096,
-            source: update.uaddr,
             page_type: update.type_,
         })
     }
+}
+
+/// The byte that a page of a test's source begins with; 0 where there is none.
+///
+/// # Safety
+/// There is a page at `address`, or it is 0.
+unsafe fn contents(address: u64) -> u8 {
+    match address {
+        0 => 0,
+        // SAFETY: by contract.
+        _ => unsafe { *(address as *const u8) },
+    }
+}
+
+/// KVM's part of `KVM_TDX_INIT_MEM_REGION`: `region` is moved on to what is left.
+///
+/// # Safety
+/// As many pages as `region` says are readable at its `source_addr`.
+pub unsafe fn tdx_init_mem_region(
+    region: &mut TdxInitMemRegion,
+    measure: bool,
+    mut add: impl FnMut(Added) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    let command = Command::of_tdx(region, measure).ok_or((libc::EINVAL, 0))?;
+    for gfn in command.gfn..command.gfn + command.pages {
+        add(Added {
+            gfn,
+            page_type: command.page_type,
+            // SAFETY: a page for each that is left, by contract.
+            contents: unsafe { contents(region.source_addr) },
+        })?;
+        region.source_addr += 4096;
+        region.gpa += 4096;
+        region.nr_pages -= 1;
+    }
+    Ok(())
+}
+
+/// KVM's part of `KVM_SEV_SNP_LAUNCH_UPDATE`: `update` is moved on to what is
+/// left.
+///
+/// # Safety
+/// As many bytes as `update` says are readable at its `uaddr`, and writable for
+/// a page of type CPUID, unless its type is ZERO.
+pub unsafe fn snp_launch_update(
+    update: &mut kvm_sev_snp_launch_update,
+    mut add: impl FnMut(Added) -> Result<(), Refusal>,
+) -> Result<(), Refusal> {
+    let command = Command::of_snp(update).ok_or((libc::EINVAL, 0))?;
+    for gfn in command.gfn..command.gfn + command.pages {
+        // SAFETY: a page for each that is left, or none, by contract.
+        let contents = unsafe { contents(update.uaddr) };
+        let added = add(Added {
+            gfn,
+            page_type: command.page_type,
+            contents,
+        });
+        if let Err((errno, status)) = added {
+            if status != 0 && contents == BAD_CPUID {
+                // SAFETY: a page of type CPUID may be written to, by contract.
+                unsafe { (update.uaddr as *mut u8).write_bytes(GOOD_CPUID, 4096) };
+            }
+            // kvm_gmem_populate(): what was done comes before why it ended.
+            return match gfn > command.gfn {
+                true => Ok(()),
+                false => Err((errno, status)),
+            };
+        }
+        update.gfn_start += 1;
+        update.len -= 4096;
+        update.uaddr += if update.uaddr == 0 { 0 } else { 4096 };
+    }
+    Ok(())
 }

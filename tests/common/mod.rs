@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use firmware::{Added, BAD_CPUID, Command, Firmware, GOOD_CPUID, Refusal};
+use firmware::{Added, Firmware, Refusal};
 use kvm_bindings::kvm_sev_snp_launch_update;
 use privmem::agent::{Agent, CommandError, CommandResult, SnpFinish, SnpStart};
 use privmem::kernel::{Kernel, Linux, TdxInitMemRegion};
@@ -259,11 +259,10 @@ impl Model {
     pub fn ask<T>(
         &self,
         what: impl FnOnce(&mut (dyn Firmware + 'static)) -> Result<T, Refusal>,
-    ) -> Result<T, CommandError> {
+    ) -> Result<T, Refusal> {
         let mut firmware = self.firmware.lock().unwrap();
         let firmware = firmware.as_deref_mut();
-        let result = firmware.map_or(Err((libc::ENOTTY, 0)), what);
-        result.map_err(refused)
+        firmware.map_or(Err((libc::ENOTTY, 0)), what)
     }
 
     fn remove_page(&self, gfn: u64) {
@@ -273,10 +272,10 @@ impl Model {
     }
 
     /// KVM's part of adding a page: it must lie in a slot with a guest_memfd.
-    fn add_page(&self, page: Added) -> CommandResult {
+    fn add_page(&self, page: Added) -> Result<(), Refusal> {
         let places = self.places.lock().unwrap();
         let place = places.iter().find(|place| place.gpa == page.gfn).copied();
-        let place = place.ok_or_else(|| refused((libc::EINVAL, 0)))?;
+        let place = place.ok_or((libc::EINVAL, 0))?;
         let mut pages = self.pages.lock().unwrap();
         let (private, contents) = (pages.private.contains(&page.gfn), page.contents);
         self.ask(|firmware| firmware.add(page, private))?;
@@ -342,18 +341,6 @@ pub fn convert(vm: &Vm, gpa: std::ops::Range<u64>, to: Side) -> privmem::Result<
 fn refused((errno, firmware): Refusal) -> CommandError {
     let error = io::Error::from_raw_os_error(errno);
     CommandError { error, firmware }
-}
-
-/// The byte that a page of a test's source is full of.
-///
-/// # Safety
-/// There is a page at `address`, or it is 0.
-unsafe fn contents(address: u64) -> u8 {
-    match address {
-        0 => 0,
-        // SAFETY: by contract.
-        _ => unsafe { *(address as *const u8) },
-    }
 }
 
 pub fn stand_in_fd() -> BorrowedFd<'static> {
@@ -468,31 +455,18 @@ impl Kernel for Model {
         region: &mut TdxInitMemRegion,
         measure: bool,
     ) -> CommandResult {
-        let Some(command) = Command::of_tdx(region, measure) else {
-            return Err(refused((libc::EINVAL, 0)));
-        };
-        for gfn in command.gfn..command.gfn + command.pages {
-            let page_type = command.page_type;
-            // SAFETY: a page for each that is left, by contract.
-            let contents = unsafe { contents(region.source_addr) };
-            self.add_page(Added {
-                gfn,
-                page_type,
-                contents,
-            })?;
-            region.source_addr += GRANULE;
-            region.gpa += GRANULE;
-            region.nr_pages -= 1;
-        }
-        Ok(())
+        // SAFETY: the same contract.
+        unsafe { firmware::tdx_init_mem_region(region, measure, |page| self.add_page(page)) }
+            .map_err(refused)
     }
 
     fn tdx_finalize(&self, _: BorrowedFd) -> CommandResult {
-        self.ask(|firmware| firmware.finish())
+        self.ask(|firmware| firmware.finish()).map_err(refused)
     }
 
     fn snp_launch_start(&self, _: BorrowedFd, _: BorrowedFd, start: &SnpStart) -> CommandResult {
         self.ask(|firmware| firmware.start(start.policy))
+            .map_err(refused)
     }
 
     unsafe fn snp_launch_update(
@@ -501,35 +475,8 @@ impl Kernel for Model {
         _: BorrowedFd,
         update: &mut kvm_sev_snp_launch_update,
     ) -> CommandResult {
-        let Some(command) = Command::of_snp(update) else {
-            return Err(refused((libc::EINVAL, 0)));
-        };
-        for gfn in command.gfn..command.gfn + command.pages {
-            let page_type = command.page_type;
-            // SAFETY: a page for each that is left, or none, by contract.
-            let contents = unsafe { contents(update.uaddr) };
-            let added = self.add_page(Added {
-                gfn,
-                page_type,
-                contents,
-            });
-            if let Err(error) = added {
-                if error.firmware != 0 && contents == BAD_CPUID {
-                    // SAFETY: a page of type CPUID may be written to, by contract.
-                    unsafe { (update.uaddr as *mut u8).write_bytes(GOOD_CPUID, 4096) };
-                }
-                // kvm_gmem_populate(): what was done comes before why it ended.
-                return if gfn > command.gfn {
-                    Ok(())
-                } else {
-                    Err(error)
-                };
-            }
-            update.gfn_start += 1;
-            update.len -= GRANULE;
-            update.uaddr += if update.uaddr == 0 { 0 } else { GRANULE };
-        }
-        Ok(())
+        // SAFETY: the same contract.
+        unsafe { firmware::snp_launch_update(update, |page| self.add_page(page)) }.map_err(refused)
     }
 
     unsafe fn snp_launch_finish(
@@ -538,7 +485,7 @@ impl Kernel for Model {
         _: BorrowedFd,
         _: &SnpFinish,
     ) -> CommandResult {
-        self.ask(|firmware| firmware.finish())
+        self.ask(|firmware| firmware.finish()).map_err(refused)
     }
 
     unsafe fn map_fixed(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<()> {

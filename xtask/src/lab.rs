@@ -347,6 +347,8 @@ fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Resul
         );
     }
     add_program(&mut host, "/tests/conformance", &library::conformance(cx)?)?;
+    let models = library::firmware_models(cx)?;
+    add_program(&mut host, "/tests/liblab_firmware.so", &models)?;
     add(&mut host, "/guest/vmlinux", &kernel.vmlinux);
 
     let key = key(&[&host, &guest])?;

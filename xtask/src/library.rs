@@ -1,6 +1,6 @@
 //! Building our own crates for use outside cargo: libprivmem.a with its header
-//! and pkg-config file where QEMU's build finds them, the lab's driver and the
-//! tests that run there.
+//! and pkg-config file where QEMU's build finds them, the lab's driver, and what
+//! else of ours runs there.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -70,6 +70,13 @@ pub fn build(cx: &Context) -> Result<PathBuf> {
 pub fn driver(cx: &Context) -> Result<PathBuf> {
     let files = artifacts(cx, "the lab's driver", &["-p", "lab-driver", "--bins"])?;
     named(files, "lab-driver")
+}
+
+/// Builds the models of confidential hardware that go beneath a QEMU in the lab.
+pub fn firmware_models(cx: &Context) -> Result<PathBuf> {
+    let what = "the lab's models of firmware";
+    let files = artifacts(cx, what, &["-p", "lab-firmware", "--lib"])?;
+    named(files, "liblab_firmware.so")
 }
 
 /// Builds the library's conformance suite, for the lab's kernel.

@@ -23,6 +23,7 @@
 #include "migration/blocker.h"
 #include "migration/postcopy-ram.h"
 #include "migration/vmstate.h"
+#include "system/cpus.h"
 #include "system/kvm.h"
 #include "system/private-memory.h"
 #include "system/reset.h"
@@ -85,12 +86,20 @@ static bool private_backend_check(HostMemoryBackendPrivate *m, const char *id,
                    "emulation that protects nothing", id);
         return false;
     }
-    if (machine->cgs &&
+    if (machine->cgs && !private_memory_is_launched() &&
         !object_dynamic_cast(OBJECT(machine->cgs), TYPE_SW_PROTECTED_GUEST)) {
-        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
-                   "confidential-guest-support of type '%s' is not supported "
-                   "with this backend yet; use " TYPE_SW_PROTECTED_GUEST
-                   ", or another memory backend", id,
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': a guest of type "
+                   "'%s' keeps no private memory in an fd; use "
+                   TYPE_SW_PROTECTED_GUEST ", tdx-guest or sev-snp-guest, or "
+                   "another memory backend", id,
+                   object_get_typename(OBJECT(machine->cgs)));
+        return false;
+    }
+    if (private_memory_is_launched() &&
+        m->initial_state == PRIVATE_MEMORY_INITIAL_STATE_SHARED) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property "
+                   "'initial-state' must not be 'shared': a guest of type "
+                   "'%s' starts in private memory; leave the property out", id,
                    object_get_typename(OBJECT(machine->cgs)));
         return false;
     }
@@ -232,32 +241,15 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
     HostMemoryBackend *backend = MEMORY_BACKEND(m);
     g_autofree char *name = host_memory_backend_get_name(backend);
     uint32_t ram_flags = RAM_SHARED | (backend->reserve ? 0 : RAM_NORESERVE);
-    int fd = qemu_dup(privmem_region_shared_fd(m->region));
 
-    if (fd < 0) {
-        error_setg_errno(errp, errno, TYPE_MEMORY_BACKEND_PRIVATE " '%s': "
-                         "cannot duplicate the fd of the shared store; raise "
-                         "the limit of open files (RLIMIT_NOFILE)", id);
-        return false;
-    }
-    /* The RAMBlock takes over the fd. */
-    if (!memory_region_init_ram_from_fd(&backend->mr, OBJECT(backend), name,
-                                        backend->size, ram_flags, fd, 0,
-                                        errp)) {
-        close(fd);
+    if (!private_memory_map(&backend->mr, OBJECT(backend), name, backend->size,
+                            ram_flags, m->region, errp)) {
         error_prepend(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot map "
-                      "property 'size' (%" PRIu64 ") of shared memory, use a "
-                      "smaller one: ", id, backend->size);
+                      "property 'size' (%" PRIu64 ") of shared memory, a "
+                      "smaller one may do: ", id, backend->size);
         return false;
     }
     backend->aligned = true;
-    if (privmem_region_set_host_mapping(m->region,
-                                        backend->mr.ram_block->host)) {
-        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': %s", id,
-                   privmem_last_error());
-        return false;
-    }
-    backend->mr.ram_block->privmem = m->region;
     memory_region_set_ram_discard_manager(&backend->mr,
                                           RAM_DISCARD_MANAGER(m));
     return true;
@@ -269,6 +261,10 @@ static void private_backend_reset(void *opaque)
     HostMemoryBackendPrivate *m = opaque;
     MemoryRegion *mr = &MEMORY_BACKEND(m)->mr;
 
+    if (!cpus_are_resettable()) {
+        /* A new machine whose memory has its initial contents already. */
+        return;
+    }
     if (privmem_region_reset(m->region)) {
         error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be reset: %s",
                      object_get_canonical_path_component(OBJECT(m)),
@@ -302,7 +298,7 @@ static bool private_backend_new_region(HostMemoryBackendPrivate *m,
     uint64_t size = MEMORY_BACKEND(m)->size;
     struct privmem_region_options options = {
         .size = sizeof(options),
-        .initially_private =
+        .initially_private = private_memory_is_launched() ||
             m->initial_state == PRIVATE_MEMORY_INITIAL_STATE_PRIVATE,
         .keep_private = m->discard == PRIVATE_MEMORY_DISCARD_SHARED ||
                         m->discard == PRIVATE_MEMORY_DISCARD_NONE,

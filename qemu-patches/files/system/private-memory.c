@@ -18,6 +18,8 @@
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/units.h"
+#include "hw/qdev-core.h"
+#include "migration/vmstate.h"
 #include "monitor/hmp.h"
 #include "monitor/monitor.h"
 #include "qom/object_interfaces.h"
@@ -32,17 +34,40 @@
 
 /* Made once, before vCPUs run, and kept until QEMU ends. */
 static struct privmem_vm *privmem_vm;
-static bool privmem_emulated;
+static PrivateMemoryAgent agent = PRIVATE_MEMORY_AGENT_SW_PROTECTED;
 static int kvm_vm_fd = -1;
+static int sev_device_fd = -1;
 
 void private_memory_set_kvm_vm(int vm_fd)
 {
     kvm_vm_fd = vm_fd;
 }
 
+void private_memory_use_tdx(void)
+{
+    agent = PRIVATE_MEMORY_AGENT_TDX;
+}
+
+void private_memory_use_snp(int sev_fd)
+{
+    agent = PRIVATE_MEMORY_AGENT_SEV_SNP;
+    sev_device_fd = sev_fd;
+}
+
+static bool is_emulated(void)
+{
+    return agent == PRIVATE_MEMORY_AGENT_EMULATED;
+}
+
 bool private_memory_enabled(void)
 {
-    return privmem_vm && !privmem_emulated;
+    return privmem_vm && !is_emulated();
+}
+
+bool private_memory_is_launched(void)
+{
+    return agent == PRIVATE_MEMORY_AGENT_TDX ||
+           agent == PRIVATE_MEMORY_AGENT_SEV_SNP;
 }
 
 /*
@@ -80,26 +105,104 @@ static MemoryListener emulated_listener = {
     .region_del = emulated_region_del,
 };
 
+static int new_vm(void)
+{
+    switch (agent) {
+    case PRIVATE_MEMORY_AGENT_EMULATED:
+        return privmem_vm_new_emulated(&privmem_vm);
+    case PRIVATE_MEMORY_AGENT_TDX:
+        return privmem_vm_new_tdx(kvm_vm_fd, &privmem_vm);
+    case PRIVATE_MEMORY_AGENT_SEV_SNP:
+        return privmem_vm_new_snp(kvm_vm_fd, sev_device_fd, &privmem_vm);
+    default:
+        return privmem_vm_new_kvm(kvm_vm_fd, &privmem_vm);
+    }
+}
+
+/* One guest's private memory is all the library's, or all QEMU's own. */
+static int check_block(RAMBlock *block, void *opaque)
+{
+    Error **errp = opaque;
+
+    if (block->guest_memfd < 0) {
+        return 0;
+    }
+    error_setg(errp, "the RAM of '%s' is private by other means; make all RAM "
+               "of the machine " TYPE_MEMORY_BACKEND_PRIVATE, block->idstr);
+    return -EEXIST;
+}
+
 struct privmem_vm *private_memory_vm(bool emulate, Error **errp)
 {
-    int ret;
-
     if (privmem_vm) {
         return privmem_vm;
     }
-    ret = emulate ? privmem_vm_new_emulated(&privmem_vm)
-                  : privmem_vm_new_kvm(kvm_vm_fd, &privmem_vm);
-    if (ret) {
+    if (emulate) {
+        agent = PRIVATE_MEMORY_AGENT_EMULATED;
+    }
+    if (qemu_ram_foreach_block(check_block, errp)) {
+        return NULL;
+    }
+    if (new_vm()) {
         error_setg(errp, "%s; start the VM with -object "
                    TYPE_SW_PROTECTED_GUEST ",id=cgs0 and -machine "
                    "confidential-guest-support=cgs0", privmem_last_error());
         return NULL;
     }
-    privmem_emulated = emulate;
     if (emulate) {
         memory_listener_register(&emulated_listener, &address_space_memory);
     }
     return privmem_vm;
+}
+
+bool private_memory_map(MemoryRegion *mr, Object *owner, const char *name,
+                        uint64_t size, uint32_t ram_flags,
+                        struct privmem_region *region, Error **errp)
+{
+    int fd = qemu_dup(privmem_region_shared_fd(region));
+
+    if (fd < 0) {
+        error_setg_errno(errp, errno, "cannot duplicate the fd of the shared "
+                         "store; raise the limit of open files "
+                         "(RLIMIT_NOFILE)");
+        return false;
+    }
+    /* The RAMBlock takes over the fd. */
+    if (!memory_region_init_ram_from_fd(mr, owner, name, size, ram_flags, fd,
+                                        0, errp)) {
+        close(fd);
+        return false;
+    }
+    if (privmem_region_set_host_mapping(region, mr->ram_block->host)) {
+        error_setg(errp, "%s", privmem_last_error());
+        return false;
+    }
+    mr->ram_block->privmem = region;
+    return true;
+}
+
+/* The region stays until QEMU ends, as the board's RAM does. */
+bool private_memory_init_ram(MemoryRegion *mr, Object *owner, const char *name,
+                             uint64_t size, Error **errp)
+{
+    ERRP_GUARD();
+    struct privmem_region_options options = {
+        .size = sizeof(options),
+        .initially_private = true,
+    };
+    struct privmem_region *region;
+
+    if (privmem_region_new(privmem_vm, name, size, &options, &region)) {
+        error_setg(errp, "RAM '%s': %s", name, privmem_last_error());
+        return false;
+    }
+    if (!private_memory_map(mr, owner, name, size, RAM_SHARED, region, errp)) {
+        error_prepend(errp, "RAM '%s': ", name);
+        privmem_region_free(region);
+        return false;
+    }
+    vmstate_register_ram(mr, DEVICE(owner));
+    return true;
 }
 
 int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
@@ -158,7 +261,7 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     } while (!ret && done < size);
 
     trace_private_memory_convert(gpa, size, to_private, ret);
-    if (privmem_emulated && ret != -EINVAL) {
+    if (is_emulated() && ret != -EINVAL) {
         /* What was done, and what was undone at the cost of its contents. */
         invalidate_code(gpa, size);
     }
@@ -214,7 +317,7 @@ int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length)
                      ": %s", block->idstr, length, offset,
                      privmem_last_error());
     }
-    if (privmem_emulated) {
+    if (is_emulated()) {
         memory_region_invalidate_code(block->mr, offset, length);
     }
     return ret;
@@ -318,8 +421,7 @@ static PrivateMemoryInfo *query_region(Object *obj,
     privmem_region_picture(region, picture, sizeof(picture));
 
     info->id = g_strdup(object_get_canonical_path_component(obj));
-    info->agent = privmem_emulated ? PRIVATE_MEMORY_AGENT_EMULATED
-                                   : PRIVATE_MEMORY_AGENT_SW_PROTECTED;
+    info->agent = agent;
     info->size = now.size;
     info->granule = now.granule;
     info->q_private = now.private_bytes;

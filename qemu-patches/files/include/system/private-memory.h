@@ -36,6 +36,7 @@ typedef const void ClassInitData;
 
 #ifdef CONFIG_PRIVATE_MEMORY
 
+struct privmem_region;
 struct privmem_vm;
 
 /*
@@ -43,6 +44,13 @@ struct privmem_vm;
  * open until QEMU ends.
  */
 void private_memory_set_kvm_vm(int vm_fd);
+
+/*
+ * Tells that the KVM VM is a TDX or an SEV-SNP guest, before there is any
+ * backend; @sev_fd is /dev/sev and stays open until QEMU ends.
+ */
+void private_memory_use_tdx(void);
+void private_memory_use_snp(int sev_fd);
 
 /*
  * The library's VM, made by the first call: with KVM (@emulate false) or with
@@ -57,12 +65,18 @@ struct privmem_vm *private_memory_vm(bool emulate, Error **errp);
 bool private_memory_enabled(void);
 
 /*
- * Converts guest-physical memory. 0, or a negative errno and @errp. Any
- * thread, with or without the BQL; with the emulated agent, with the BQL.
- * Keeps memory slots as they are for one step of a long request at a time.
+ * True where the guest expects all memory to be private when it starts, with
+ * initial contents that are measured.
  */
-int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
-                           Error **errp);
+bool private_memory_is_launched(void);
+
+/*
+ * Makes @mr RAM of @region: its shared store, mapped. The region stays the
+ * caller's.
+ */
+bool private_memory_map(MemoryRegion *mr, Object *owner, const char *name,
+                        uint64_t size, uint32_t ram_flags,
+                        struct privmem_region *region, Error **errp);
 
 /* Out of line part of private_memory_host_access(). */
 bool private_memory_host_access_block(RAMBlock *block, hwaddr offset,
@@ -107,6 +121,14 @@ static inline void private_memory_set_kvm_vm(int vm_fd)
 {
 }
 
+static inline void private_memory_use_tdx(void)
+{
+}
+
+static inline void private_memory_use_snp(int sev_fd)
+{
+}
+
 /* Macros, so that the calls below are dropped without optimization, too. */
 #define private_memory_enabled() (0)
 #define memory_region_is_private_capable(mr) (0)
@@ -132,6 +154,40 @@ static inline void *private_memory_place(AddressSpace *as, hwaddr addr,
 #endif /* CONFIG_PRIVATE_MEMORY */
 
 /* The rest is only called where memory is enabled or private-capable. */
+
+/*
+ * Converts guest-physical memory. 0, or a negative errno and @errp. Any
+ * thread, with or without the BQL; with the emulated agent, with the BQL.
+ * Keeps memory slots as they are for one step of a long request at a time.
+ */
+int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
+                           Error **errp);
+
+/*
+ * RAM of a board that the guest expects to be private when it starts, such as
+ * its firmware's. QEMU reaches the shared side of it; what is there becomes
+ * private with private_memory_tdx_populate() or private_memory_snp_populate().
+ */
+bool private_memory_init_ram(MemoryRegion *mr, Object *owner, const char *name,
+                             uint64_t size, Error **errp);
+
+/*
+ * Initial contents of a TDX guest, by a vCPU's fd, in the order of the
+ * measurement: see KVM_TDX_INIT_MEM_REGION.
+ */
+bool private_memory_tdx_populate(int vcpu_fd, hwaddr gpa, void *source,
+                                 uint64_t size, bool measured, Error **errp);
+
+/* Initial contents of an SEV-SNP guest; @type is KVM_SEV_SNP_PAGE_TYPE_*. */
+bool private_memory_snp_populate(hwaddr gpa, void *source, uint64_t size,
+                                 int type, Error **errp);
+
+/*
+ * Ends the time for initial contents. @snp_finish is a struct
+ * kvm_sev_snp_launch_finish, or NULL for a TDX guest.
+ */
+bool private_memory_finalize(const void *snp_finish, size_t finish_size,
+                             Error **errp);
 
 /*
  * KVM_HC_MAP_GPA_RANGE: arguments as the guest gave them. Returns what the

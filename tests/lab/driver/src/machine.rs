@@ -32,6 +32,7 @@ pub const PRIVATE: &str = "-m 256M -object sw-protected-guest,id=cgs0 \
 pub struct Launch {
     qemu: PathBuf,
     args: Vec<String>,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Launch {
@@ -41,6 +42,7 @@ impl Launch {
         let launch = Launch {
             qemu,
             args: Vec::new(),
+            environment: Vec::new(),
         };
         launch.with(
             "-L /firmware -nodefaults -display none -no-reboot -smp 2 \
@@ -66,6 +68,11 @@ impl Launch {
 
     pub fn arg(mut self, arg: &str) -> Launch {
         self.args.push(arg.into());
+        self
+    }
+
+    pub fn env(mut self, name: &'static str, value: &str) -> Launch {
+        self.environment.push((name, value.into()));
         self
     }
 
@@ -134,6 +141,7 @@ impl Process {
     fn spawn(launch: &Launch) -> Result<Process> {
         let mut child = Command::new(&launch.qemu)
             .args(&launch.args)
+            .envs(launch.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -369,6 +377,14 @@ impl Machine {
             status.signal()
         );
         Ok(())
+    }
+
+    /// QEMU ends by itself with an error; gives what it wrote to stderr.
+    pub fn ended(mut self) -> Result<String> {
+        let status = self.process.wait()?;
+        let said = self.process.stderr();
+        ensure!(status.code() == Some(1), "QEMU ended with {status}: {said}");
+        Ok(said)
     }
 
     pub fn private_memory(&mut self) -> Result<Vec<PrivateMemory>> {

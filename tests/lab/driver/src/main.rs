@@ -13,6 +13,7 @@ mod access;
 mod conformance;
 mod demo;
 mod host;
+mod launch;
 mod machine;
 mod properties;
 mod qmp;
@@ -114,6 +115,10 @@ fn run_conformance(lab: &Lab, name: &str) {
 fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
     if scenario.needs_private && !lab.kvm.has_private_memory() {
         let why = format!("this KVM has no software-protected VMs: {}", lab.kvm);
+        return verdict(scenario.name, "skipped", &why);
+    }
+    if let Some((guest, _)) = scenario.needs_guest.filter(|(_, line)| *line != lab.line) {
+        let why = format!("QEMU {} has no {guest}", lab.line);
         return verdict(scenario.name, "skipped", &why);
     }
     match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {

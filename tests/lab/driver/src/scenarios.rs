@@ -17,13 +17,15 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, demo, host, properties};
+use crate::{Lab, access, demo, host, launch, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
     pub name: &'static str,
     /// Whether there must be a KVM with software-protected VMs.
     pub needs_private: bool,
+    /// A type of guest that only one QEMU line has, and that line.
+    pub needs_guest: Option<(&'static str, &'static str)>,
     test: Test,
 }
 
@@ -39,7 +41,21 @@ impl Scenario {
         Scenario {
             name,
             needs_private: true,
+            needs_guest: None,
             test: Test::Function(function),
+        }
+    }
+
+    /// For a type of guest that only this line has.
+    pub const fn guest(
+        name: &'static str,
+        guest: &'static str,
+        line: &'static str,
+        function: Function,
+    ) -> Scenario {
+        Scenario {
+            needs_guest: Some((guest, line)),
+            ..Scenario::new(name, function)
         }
     }
 
@@ -63,6 +79,7 @@ pub fn all() -> Vec<Scenario> {
     let refusals = REFUSALS.iter().map(|refusal| Scenario {
         name: refusal.name,
         needs_private: true,
+        needs_guest: None,
         test: Test::Refusal(refusal),
     });
     let mut list = vec![
@@ -102,6 +119,7 @@ pub fn all() -> Vec<Scenario> {
     ];
     list.extend(access::all());
     list.extend(properties::all());
+    list.extend(launch::all());
     list.extend(refusals);
     list.push(Scenario::new("demo", demo::run));
     list
