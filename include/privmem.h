@@ -59,6 +59,11 @@ enum privmem_page_type {
    * in the source, with the values that it would accept.
    */
   PRIVMEM_PAGE_CPUID = 5,
+  /**
+   * Registers of a vCPU at its start. -EOPNOTSUPP for SEV-SNP, where KVM adds
+   * those of its vCPUs when the launch ends.
+   */
+  PRIVMEM_PAGE_VMSA = 6,
 };
 
 /**

@@ -69,6 +69,12 @@ pub enum Error {
         agent: String,
     },
 
+    #[error(
+        "KVM adds the VMSAs of an SEV-SNP guest to its measurement by itself, when the launch ends: \
+         set the registers of the vCPUs instead"
+    )]
+    Vmsa,
+
     #[error("the guest's initial contents are final; nothing can be added to them")]
     Finalized,
 
@@ -179,7 +185,7 @@ impl Error {
                 libc::EOPNOTSUPP
             }
             Error::NoMemoryForState { .. } => libc::ENOMEM,
-            Error::NoInitialContents(_) => libc::EOPNOTSUPP,
+            Error::NoInitialContents(_) | Error::Vmsa => libc::EOPNOTSUPP,
             Error::NoVcpu | Error::PageType { .. } => libc::EINVAL,
             Error::Finalized | Error::Prepared | Error::CannotReset => libc::EPERM,
             Error::Kernel { source, .. }

@@ -49,6 +49,9 @@ pub enum privmem_page_type {
     /// The CPUID table; SEV-SNP only. One that the firmware refuses comes back
     /// in the source, with the values that it would accept.
     PRIVMEM_PAGE_CPUID = 5,
+    /// Registers of a vCPU at its start. -EOPNOTSUPP for SEV-SNP, where KVM adds
+    /// those of its vCPUs when the launch ends.
+    PRIVMEM_PAGE_VMSA = 6,
 }
 
 /// A trust agent of the caller's: who keeps private contents from the host.
@@ -154,6 +157,7 @@ impl Agent for CAgent {
             PageType::Zero => privmem_page_type::PRIVMEM_PAGE_ZERO,
             PageType::Secrets => privmem_page_type::PRIVMEM_PAGE_SECRETS,
             PageType::Cpuid => privmem_page_type::PRIVMEM_PAGE_CPUID,
+            PageType::Vmsa => privmem_page_type::PRIVMEM_PAGE_VMSA,
         };
         // SAFETY: the agent outlives its VM, and `source` has `size` bytes.
         self.result(unsafe { populate(self.table.opaque, gpa, size, source.cast(), page_type) })
@@ -652,6 +656,7 @@ pub unsafe extern "C" fn privmem_vm_populate(
             3 => PageType::Zero,
             4 => PageType::Secrets,
             5 => PageType::Cpuid,
+            6 => PageType::Vmsa,
             other => {
                 let text = format!("{other} is no type of a page");
                 return Err(Error::InvalidArgument(text));

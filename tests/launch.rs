@@ -213,7 +213,7 @@ fn the_source_fits_the_request() {
 #[test]
 fn tdx_knows_two_types_of_pages() {
     let launch = Launch::tdx();
-    for page_type in [PageType::Secrets, PageType::Cpuid] {
+    for page_type in [PageType::Secrets, PageType::Cpuid, PageType::Vmsa] {
         let error = launch.populate(0, &[1], page_type).unwrap_err();
         assert!(
             error.to_string().contains("'tdx' has no pages of type"),
@@ -222,6 +222,15 @@ fn tdx_knows_two_types_of_pages() {
     }
     let zero = launch.vm.populate(0, GRANULE, None, PageType::Zero);
     assert!(matches!(zero, Err(Error::PageType { .. })));
+    assert!(launch.log().is_empty());
+}
+
+#[test]
+fn vmsas_of_snp_are_kvms_own() {
+    let launch = Launch::snp();
+    let error = launch.populate(0, &[1], PageType::Vmsa).unwrap_err();
+    assert_eq!(error.errno(), libc::EOPNOTSUPP);
+    assert!(error.to_string().contains("registers"), "{error}");
     assert!(launch.log().is_empty());
 }
 

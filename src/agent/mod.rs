@@ -36,6 +36,9 @@ pub enum PageType {
     /// CPUID table, which the firmware checks. SEV-SNP only. One that it
     /// refuses comes back in the source, with the values it would accept.
     Cpuid,
+    /// Registers of a vCPU at its start. Refused for SEV-SNP, where KVM adds
+    /// those of its vCPUs when the launch ends.
+    Vmsa,
 }
 
 impl PageType {
@@ -46,6 +49,7 @@ impl PageType {
             PageType::Zero => "ZERO",
             PageType::Secrets => "SECRETS",
             PageType::Cpuid => "CPUID",
+            PageType::Vmsa => "VMSA",
         }
     }
 }

@@ -14,7 +14,7 @@ pub use kvm_bindings::{
 };
 
 use super::{Agent, InitialPages, PageType, repeat};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::range::GRANULE;
 
@@ -81,6 +81,19 @@ impl Snp {
     }
 }
 
+/// The kernel's number of a type: all that `snp_launch_update()` in
+/// arch/x86/kvm/svm/sev.c takes.
+fn number(page_type: PageType) -> Result<u32> {
+    match page_type {
+        PageType::Normal => Ok(KVM_SEV_SNP_PAGE_TYPE_NORMAL),
+        PageType::Unmeasured => Ok(KVM_SEV_SNP_PAGE_TYPE_UNMEASURED),
+        PageType::Zero => Ok(KVM_SEV_SNP_PAGE_TYPE_ZERO),
+        PageType::Secrets => Ok(KVM_SEV_SNP_PAGE_TYPE_SECRETS),
+        PageType::Cpuid => Ok(KVM_SEV_SNP_PAGE_TYPE_CPUID),
+        PageType::Vmsa => Err(Error::Vmsa),
+    }
+}
+
 impl Agent for Snp {
     fn name(&self) -> &str {
         "sev-snp"
@@ -95,21 +108,18 @@ impl Agent for Snp {
         .map_err(|error| error.of("KVM_SEV_SNP_LAUNCH_START", None))
     }
 
+    fn check_populate(&self, page_type: PageType) -> Result<()> {
+        number(page_type).map(drop)
+    }
+
     /// `KVM_SEV_SNP_LAUNCH_UPDATE`, which may do some of the pages, and leaves
     /// the rest in its argument.
     fn populate(&self, pages: InitialPages) -> Result<()> {
-        let page_type = match pages.page_type {
-            PageType::Normal => KVM_SEV_SNP_PAGE_TYPE_NORMAL,
-            PageType::Unmeasured => KVM_SEV_SNP_PAGE_TYPE_UNMEASURED,
-            PageType::Zero => KVM_SEV_SNP_PAGE_TYPE_ZERO,
-            PageType::Secrets => KVM_SEV_SNP_PAGE_TYPE_SECRETS,
-            PageType::Cpuid => KVM_SEV_SNP_PAGE_TYPE_CPUID,
-        };
         let mut update = kvm_sev_snp_launch_update {
             gfn_start: pages.gpa.start() / GRANULE,
             uaddr: pages.source.map_or(0, |source| source.as_mut_ptr() as u64),
             len: pages.gpa.len(),
-            type_: page_type as u8,
+            type_: number(pages.page_type)? as u8,
             pad0: 0,
             flags: 0,
             pad1: 0,
