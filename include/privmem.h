@@ -35,6 +35,11 @@
 #define PRIVMEM_UNKNOWN UINT64_MAX
 
 /**
+ * Bytes of a message in a struct, with its NUL.
+ */
+#define PRIVMEM_MESSAGE_SIZE 256
+
+/**
  * What a page of initial contents is to the trust agent.
  */
 enum privmem_page_type {
@@ -194,6 +199,40 @@ struct privmem_listener {
    * errno with none of it mapped: the conversion is undone then.
    */
   int (*populate)(void *opaque, uint64_t offset, uint64_t size);
+};
+
+/**
+ * A request to convert memory that failed.
+ */
+struct privmem_failure {
+  /**
+   * Which one of all failed requests of the VM it is, from 1.
+   */
+  uint64_t number;
+  /**
+   * When, in nanoseconds since the beginning of 1970 (UTC).
+   */
+  uint64_t time;
+  /**
+   * Guest-physical address, as it was asked for.
+   */
+  uint64_t gpa;
+  /**
+   * In bytes, as it was asked for.
+   */
+  uint64_t size;
+  /**
+   * What the caller got: a negative errno.
+   */
+  int error;
+  /**
+   * Whether the range was to become private.
+   */
+  bool to_private;
+  /**
+   * What `privmem_last_error` said, cut to what fits, with NUL at its end.
+   */
+  char message[PRIVMEM_MESSAGE_SIZE];
 };
 
 /**
@@ -744,6 +783,23 @@ int privmem_region_set_host_mapping(const struct privmem_region *region, void *h
 bool privmem_region_host_access(const struct privmem_region *region,
                                 uint64_t offset,
                                 uint64_t *len);
+
+/**
+ * The failed request that came `index` before the last one of a VM, from 0.
+ * Some of the last are kept: those of `privmem_vm_convert`. `failure_size` is
+ * `sizeof(struct privmem_failure)` as the caller was compiled. Any thread.
+ *
+ * Errors: -ENOENT where there is none or it is not kept; -EINVAL for NULL or a
+ * size that is too small.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `failure` is NULL or valid for writing
+ * `failure_size` bytes.
+ */
+int privmem_vm_failure(const struct privmem_vm *vm,
+                       size_t index,
+                       struct privmem_failure *failure,
+                       size_t failure_size);
 
 /**
  * State and memory of a region, from the kernel's own counts where it has

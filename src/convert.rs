@@ -116,6 +116,11 @@ impl Vm {
     /// other, in order of arrival. All or nothing: on failure the range is as
     /// it was, or the error is [`Error::Undone`] and says what is not.
     pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
+        self.try_convert(gpa, size, to)
+            .inspect_err(|error| self.failures.add(gpa, size, to, error))
+    }
+
+    fn try_convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
         let request = Range::new(gpa, size)?;
         let bindings = self.bindings();
         let segments = resolve(&bindings, request);

@@ -39,6 +39,9 @@ pub enum Error {
     #[error("the region has no binding number {index}")]
     NoSuchBinding { index: usize },
 
+    #[error("failed request number {index} before the last is not known")]
+    NoSuchFailure { index: usize },
+
     #[error("the listener is registered already")]
     AlreadyListening,
 
@@ -177,9 +180,10 @@ impl Error {
             | Error::OutsideRegion(..)
             | Error::NotPrivateCapable { .. } => libc::EINVAL,
             Error::AlreadyBound { .. } | Error::AlreadyListening => libc::EEXIST,
-            Error::NotBound(_) | Error::NoSuchBinding { .. } | Error::NoSuchListener => {
-                libc::ENOENT
-            }
+            Error::NotBound(_)
+            | Error::NoSuchBinding { .. }
+            | Error::NoSuchFailure { .. }
+            | Error::NoSuchListener => libc::ENOENT,
             Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
             Error::NoPrivateMemory(_) | Error::HostPageSize(_) | Error::CannotLoad(_) => {
                 libc::EOPNOTSUPP

@@ -14,6 +14,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use crate::agent::{Agent, InitialPages, PageType, Snp, SnpFinish, Tdx};
 use crate::error::{Error, Result};
@@ -220,6 +221,29 @@ pub struct privmem_region_options {
     /// Whether the shared store keeps pages when memory becomes private.
     pub keep_shared: bool,
 }
+
+/// A request to convert memory that failed.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_failure {
+    /// Which one of all failed requests of the VM it is, from 1.
+    pub number: u64,
+    /// When, in nanoseconds since the beginning of 1970 (UTC).
+    pub time: u64,
+    /// Guest-physical address, as it was asked for.
+    pub gpa: u64,
+    /// In bytes, as it was asked for.
+    pub size: u64,
+    /// What the caller got: a negative errno.
+    pub error: c_int,
+    /// Whether the range was to become private.
+    pub to_private: bool,
+    /// What `privmem_last_error` said, cut to what fits, with NUL at its end.
+    pub message: [c_char; PRIVMEM_MESSAGE_SIZE],
+}
+
+/// Bytes of a message in a struct, with its NUL.
+pub const PRIVMEM_MESSAGE_SIZE: usize = 256;
 
 /// State and memory of a region. All sizes in bytes.
 #[repr(C)]
@@ -1255,6 +1279,57 @@ pub unsafe extern "C" fn privmem_region_host_access(
         unsafe { put(len, granted, "len") }
     });
     reachable
+}
+
+/// The failed request that came `index` before the last one of a VM, from 0.
+/// Some of the last are kept: those of `privmem_vm_convert`. `failure_size` is
+/// `sizeof(struct privmem_failure)` as the caller was compiled. Any thread.
+///
+/// Errors: -ENOENT where there is none or it is not kept; -EINVAL for NULL or a
+/// size that is too small.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `failure` is NULL or valid for writing
+/// `failure_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_failure(
+    vm: *const privmem_vm,
+    index: usize,
+    failure: *mut privmem_failure,
+    failure_size: usize,
+) -> c_int {
+    guard(|| {
+        if failure_size < size_of::<privmem_failure>() {
+            let text = format!("failure_size {failure_size} is too small");
+            return Err(Error::InvalidArgument(text));
+        }
+        // SAFETY: a live handle or NULL, by contract.
+        let found = unsafe { borrow(vm, "vm") }?.0.failure(index);
+        let found = found.ok_or(Error::NoSuchFailure { index })?;
+        let time = found.time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let value = privmem_failure {
+            number: found.number,
+            time: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
+            gpa: found.gpa,
+            size: found.size,
+            error: -found.errno,
+            to_private: found.to == Side::Private,
+            message: message(&found.message),
+        };
+        // SAFETY: `failure` is as `put` wants it, by contract.
+        unsafe { put(failure, value, "failure") }
+    })
+}
+
+/// A text as C has it in a struct.
+fn message(text: &str) -> [c_char; PRIVMEM_MESSAGE_SIZE] {
+    let mut buffer = [0; PRIVMEM_MESSAGE_SIZE];
+    let mut ends = (0..PRIVMEM_MESSAGE_SIZE).rev();
+    let whole = ends.find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    for (to, from) in buffer.iter_mut().zip(&text.as_bytes()[..whole]) {
+        *to = *from as c_char;
+    }
+    buffer
 }
 
 /// State and memory of a region, from the kernel's own counts where it has
