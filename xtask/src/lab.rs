@@ -22,6 +22,7 @@ use flate2::write::GzEncoder;
 use crate::Context;
 use crate::apt;
 use crate::cache::{self, Stamp};
+use crate::docs;
 use crate::kernel::{self, Kernel};
 use crate::library;
 use crate::protocol::{self, Event};
@@ -350,6 +351,9 @@ fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Resul
     let models = library::firmware_models(cx)?;
     add_program(&mut host, "/tests/liblab_firmware.so", &models)?;
     add(&mut host, "/guest/vmlinux", &kernel.vmlinux);
+    let documented = cx.cache.path("docs/commands.json");
+    cache::write_if_changed(&documented, docs::for_the_lab(&cx.root)?)?;
+    add(&mut host, "/docs/commands.json", &documented);
 
     let key = key(&[&host, &guest])?;
     let dir = cx.cache.path(format!("lab/{}-{}", build.line, &key[..16]));

@@ -8,6 +8,7 @@ mod apt;
 mod cache;
 mod coverage;
 mod demo;
+mod docs;
 mod header;
 mod kernel;
 mod lab;

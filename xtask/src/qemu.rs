@@ -170,10 +170,14 @@ pub fn build(cx: &Context, line: Line, targets: &[&str], extra: &[String]) -> Re
 
 /// The kernel's headers that a QEMU of the newest line brings.
 pub fn kernel_headers(cx: &Context) -> Result<PathBuf> {
+    Ok(source(cx)?.join("linux-headers"))
+}
+
+/// The source of the newest line, or the user's own tree, as it is.
+pub fn source(cx: &Context) -> Result<PathBuf> {
     let _guard = cx.cache.lock()?;
     setup::packages(cx, setup::BUILD)?;
-    let work = Work::new(cx, Line::ALL[0], &[])?;
-    Ok(work.pristine.join("linux-headers"))
+    Ok(Work::new(cx, Line::ALL[0], &[])?.pristine)
 }
 
 /// Where one configuration of one line is built.

@@ -14,6 +14,7 @@ use clap::ValueEnum;
 
 use crate::Context;
 use crate::coverage;
+use crate::docs;
 use crate::header;
 use crate::lab::Lab;
 use crate::library;
@@ -44,6 +45,7 @@ pub enum Suite {
     CClient,
     Coverage,
     Xtask,
+    Docs,
     #[value(name = "qtest-10.2")]
     Qtest10_2,
     #[value(name = "qtest-10.0")]
@@ -77,6 +79,7 @@ impl Suite {
             Self::CClient => c_clients(cx),
             Self::Coverage => coverage::suite(cx),
             Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
+            Self::Docs => docs::suite(cx),
             Self::Qtest10_2 => qtests(cx, Line::V10_2),
             Self::Qtest10_0 => qtests(cx, Line::V10_0),
             Self::Lab10_2 => lab(cx, Line::V10_2, lab_tests),
@@ -117,7 +120,7 @@ impl Tally {
     }
 
     /// A program that failed, or tested nothing, must not look like success.
-    fn ended(mut self, name: &str, success: bool) -> Self {
+    pub fn ended(mut self, name: &str, success: bool) -> Self {
         let counted = self.passed + self.failed.len() + self.skipped.len();
         if self.failed.is_empty() && (!success || counted == 0) {
             self.failed.push(format!("{name}: it broke off"));

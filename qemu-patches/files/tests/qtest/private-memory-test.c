@@ -475,7 +475,7 @@ static void test_fd_limit(void)
         few = (struct rlimit) { limit_with_free(qts, free), old.rlim_max };
         g_assert_cmpint(prlimit(pid, RLIMIT_NOFILE, &few, NULL), ==, 0);
         assert_error(add(qts, "'emulate': true, 'size': 4096"), "'m'",
-                     "RLIMIT_NOFILE", NULL);
+                     "raise the limit of open files", "RLIMIT_NOFILE", NULL);
         /* None leaked. */
         g_assert_cmpint(limit_with_free(qts, 8), ==, before);
     }
@@ -503,7 +503,8 @@ static void test_numa(void)
     assert_figure(qts, "a", "private", PAGE);
     assert_figure(qts, "b", "private", PAGE);
     assert_error(convert(qts, 32 * MiB - PAGE, 2 * PAGE, true),
-                 "0x2000000 cannot be private", NULL);
+                 "0x2000000 cannot be private: it is MMIO, ROM, ordinary RAM "
+                 "or nothing at all", NULL);
     assert_figure(qts, "b", "private", PAGE);
     qtest_quit(qts);
 }

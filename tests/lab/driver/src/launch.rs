@@ -33,6 +33,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("snp-launch-refused-model", snp_launch_refused),
         Scenario::new("one-guest-one-private-memory", mixed_memory),
         Scenario::new("launched-guest-starts-private", starts_private),
+        Scenario::new("host-without-the-vm-type", host_without_the_type),
     ]
 }
 
@@ -112,6 +113,19 @@ fn starts_private(lab: &Lab) -> Result<()> {
         shared.arg(&snp_object()),
         &["initial-state", "leave the property out"],
     )
+}
+
+/// A host with ordinary VMs only, as KVM would say.
+fn host_without_the_type(lab: &Lab) -> Result<()> {
+    let launch = Launch::private(lab)
+        .env("LD_PRELOAD", MODELS)
+        .env("LAB_KVM_VM_TYPES", "1");
+    let says = [
+        "needs KVM VM type sw-protected",
+        "default (0)",
+        "CONFIG_KVM_SW_PROTECTED_VM",
+    ];
+    refused(launch, &says)
 }
 
 fn refused(launch: Launch, says: &[&str]) -> Result<()> {

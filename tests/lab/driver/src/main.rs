@@ -12,6 +12,7 @@
 mod access;
 mod conformance;
 mod demo;
+mod docs;
 mod host;
 mod launch;
 mod machine;

@@ -17,20 +17,24 @@ pub const REFUSALS: &[Refusal] = &[
         name: "refuse-vm-without-private-memory",
         args: "-accel kvm -cpu host -m 256M -object memory-backend-private,id=ram0,size=256M \
                -machine q35,smm=off,memory-backend=ram0",
-        says: &["ram0", "sw-protected-guest"],
+        says: &[
+            "ram0",
+            "this VM has no private memory",
+            "sw-protected-guest",
+        ],
     },
     Refusal {
         name: "refuse-tcg",
         args: "-accel tcg -m 256M -object memory-backend-private,id=ram0,size=256M \
                -machine q35,smm=off,memory-backend=ram0",
-        says: &["ram0", "emulate=on"],
+        says: &["ram0", "needs KVM: use -accel kvm", "emulate=on"],
     },
     Refusal {
         name: "refuse-smm",
         args: "-accel kvm -cpu host -m 256M -object sw-protected-guest,id=cgs0 \
                -object memory-backend-private,id=ram0,size=256M \
                -machine q35,smm=on,confidential-guest-support=cgs0,memory-backend=ram0",
-        says: &["smm=off"],
+        says: &["does not support SMM", "smm=off"],
     },
     Refusal {
         name: "refuse-emulate-with-confidential-guest",

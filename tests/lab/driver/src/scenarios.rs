@@ -17,7 +17,7 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, demo, host, launch, properties};
+use crate::{Lab, access, demo, docs, host, launch, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -121,6 +121,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(properties::all());
     list.extend(launch::all());
     list.extend(refusals);
+    list.push(Scenario::new("documented-commands", docs::run));
     list.push(Scenario::new("demo", demo::run));
     list
 }
@@ -358,7 +359,7 @@ fn pmemsave(lab: &Lab) -> Result<()> {
         };
         let page = format!("0x{:x}", (BASE + PAGE) / PAGE);
         ensure!(
-            text.contains(&page),
+            text.contains(&page) && text.contains("is private: the host cannot read it"),
             "the refusal of pmemsave names no address in the private page: {text}"
         );
     }

@@ -3,7 +3,7 @@
 //!
 //! Answers what only confidential hardware can, by the models of `tests/common/firmware.rs`, and
 //! hands everything else on to the kernel: a TDX or SEV-SNP VM becomes a software-protected one,
-//! with the same guest_memfd, slots and attributes. Every command for initial contents is written
+//! with the same guest_memfd, slots and attributes. What is said of VM types can be set. Every command for initial contents is written
 //! as a line of JSON to the file that `LAB_FIRMWARE_LOG` names. Commands for more than two pages
 //! are interrupted after the second, so that the caller has to go on.
 
@@ -83,6 +83,11 @@ static LOG: LazyLock<Option<File>> = LazyLock::new(|| {
     let mut options = OpenOptions::new();
     options.create(true).append(true).open(path).ok()
 });
+
+/// What KVM_CAP_VM_TYPES is to say, from `LAB_KVM_VM_TYPES`; otherwise the kernel's own and the two
+/// types that are models here.
+static VM_TYPES: LazyLock<Option<c_int>> =
+    LazyLock::new(|| std::env::var("LAB_KVM_VM_TYPES").ok()?.parse().ok());
 
 fn log(line: Value) {
     if let Some(mut log) = LOG.as_ref() {
@@ -183,7 +188,7 @@ unsafe fn forward(fd: c_int, request: c_ulong, mut arg: *mut c_void) -> c_int {
     // SAFETY: by contract; a number in place of another.
     let result = unsafe { libc::syscall(libc::SYS_ioctl, fd as c_long, request, arg) } as c_int;
     match vm_types && result >= 0 {
-        true => result | 1 << KVM_X86_TDX_VM | 1 << KVM_X86_SNP_VM,
+        true => VM_TYPES.unwrap_or(result | 1 << KVM_X86_TDX_VM | 1 << KVM_X86_SNP_VM),
         false => result,
     }
 }
