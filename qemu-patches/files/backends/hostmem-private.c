@@ -708,14 +708,15 @@ static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
                                    private_backend_get_initial_state,
                                    private_backend_set_initial_state);
     object_class_property_set_description(oc, "initial-state",
-        "Whether memory is private or shared at first and after a reset "
-        "(default: what the type of the guest expects)");
+        "Where memory is at first and after a reset: auto (default; what the "
+        "type of the guest expects), private or shared");
     object_class_property_add_enum(oc, "discard", "PrivateMemoryDiscard",
                                    &PrivateMemoryDiscard_lookup,
                                    private_backend_get_discard,
                                    private_backend_set_discard);
     object_class_property_set_description(oc, "discard",
-        "Which store gives memory back that goes to the other side");
+        "Which store gives memory back that goes to the other side: both "
+        "(default), private, shared or none");
     object_class_property_add_bool(oc, "hugetlb", private_backend_get_hugetlb,
                                    private_backend_set_hugetlb);
     object_class_property_set_description(oc, "hugetlb",
