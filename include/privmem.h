@@ -204,7 +204,7 @@ struct privmem_listener {
 /**
  * A request to convert memory that failed.
  */
-struct privmem_failure {
+struct privmem_failed_conversion {
   /**
    * Which one of all failed requests of the VM it is, from 1.
    */
@@ -786,20 +786,20 @@ bool privmem_region_host_access(const struct privmem_region *region,
 
 /**
  * The failed request that came `index` before the last one of a VM, from 0.
- * Some of the last are kept: those of `privmem_vm_convert`. `failure_size` is
- * `sizeof(struct privmem_failure)` as the caller was compiled. Any thread.
+ * Some of the last are kept: those of `privmem_vm_convert`. `failed_size` is
+ * `sizeof(struct privmem_failed_conversion)` as the caller was compiled. Any thread.
  *
  * Errors: -ENOENT where there is none or it is not kept; -EINVAL for NULL or a
  * size that is too small.
  *
  * # Safety
- * `vm` is NULL or a live handle; `failure` is NULL or valid for writing
- * `failure_size` bytes.
+ * `vm` is NULL or a live handle; `failed` is NULL or valid for writing
+ * `failed_size` bytes.
  */
-int privmem_vm_failure(const struct privmem_vm *vm,
-                       size_t index,
-                       struct privmem_failure *failure,
-                       size_t failure_size);
+int privmem_vm_failed_conversion(const struct privmem_vm *vm,
+                                 size_t index,
+                                 struct privmem_failed_conversion *failed,
+                                 size_t failed_size);
 
 /**
  * State and memory of a region, from the kernel's own counts where it has

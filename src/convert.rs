@@ -117,7 +117,7 @@ impl Vm {
     /// it was, or the error is [`Error::Undone`] and says what is not.
     pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
         self.try_convert(gpa, size, to)
-            .inspect_err(|error| self.failures.add(gpa, size, to, error))
+            .inspect_err(|error| self.failed.add(gpa, size, to, error))
     }
 
     fn try_convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {

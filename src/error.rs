@@ -39,8 +39,8 @@ pub enum Error {
     #[error("the region has no binding number {index}")]
     NoSuchBinding { index: usize },
 
-    #[error("failed request number {index} before the last is not known")]
-    NoSuchFailure { index: usize },
+    #[error("failed conversion number {index} before the last is not known")]
+    NoSuchFailedConversion { index: usize },
 
     #[error("the listener is registered already")]
     AlreadyListening,
@@ -182,7 +182,7 @@ impl Error {
             Error::AlreadyBound { .. } | Error::AlreadyListening => libc::EEXIST,
             Error::NotBound(_)
             | Error::NoSuchBinding { .. }
-            | Error::NoSuchFailure { .. }
+            | Error::NoSuchFailedConversion { .. }
             | Error::NoSuchListener => libc::ENOENT,
             Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
             Error::NoPrivateMemory(_) | Error::HostPageSize(_) | Error::CannotLoad(_) => {

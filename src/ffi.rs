@@ -225,7 +225,7 @@ pub struct privmem_region_options {
 /// A request to convert memory that failed.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct privmem_failure {
+pub struct privmem_failed_conversion {
     /// Which one of all failed requests of the VM it is, from 1.
     pub number: u64,
     /// When, in nanoseconds since the beginning of 1970 (UTC).
@@ -1282,32 +1282,32 @@ pub unsafe extern "C" fn privmem_region_host_access(
 }
 
 /// The failed request that came `index` before the last one of a VM, from 0.
-/// Some of the last are kept: those of `privmem_vm_convert`. `failure_size` is
-/// `sizeof(struct privmem_failure)` as the caller was compiled. Any thread.
+/// Some of the last are kept: those of `privmem_vm_convert`. `failed_size` is
+/// `sizeof(struct privmem_failed_conversion)` as the caller was compiled. Any thread.
 ///
 /// Errors: -ENOENT where there is none or it is not kept; -EINVAL for NULL or a
 /// size that is too small.
 ///
 /// # Safety
-/// `vm` is NULL or a live handle; `failure` is NULL or valid for writing
-/// `failure_size` bytes.
+/// `vm` is NULL or a live handle; `failed` is NULL or valid for writing
+/// `failed_size` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn privmem_vm_failure(
+pub unsafe extern "C" fn privmem_vm_failed_conversion(
     vm: *const privmem_vm,
     index: usize,
-    failure: *mut privmem_failure,
-    failure_size: usize,
+    failed: *mut privmem_failed_conversion,
+    failed_size: usize,
 ) -> c_int {
     guard(|| {
-        if failure_size < size_of::<privmem_failure>() {
-            let text = format!("failure_size {failure_size} is too small");
+        if failed_size < size_of::<privmem_failed_conversion>() {
+            let text = format!("failed_size {failed_size} is too small");
             return Err(Error::InvalidArgument(text));
         }
         // SAFETY: a live handle or NULL, by contract.
-        let found = unsafe { borrow(vm, "vm") }?.0.failure(index);
-        let found = found.ok_or(Error::NoSuchFailure { index })?;
+        let found = unsafe { borrow(vm, "vm") }?.0.failed_conversion(index);
+        let found = found.ok_or(Error::NoSuchFailedConversion { index })?;
         let time = found.time.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let value = privmem_failure {
+        let value = privmem_failed_conversion {
             number: found.number,
             time: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX),
             gpa: found.gpa,
@@ -1316,8 +1316,8 @@ pub unsafe extern "C" fn privmem_vm_failure(
             to_private: found.to == Side::Private,
             message: message(&found.message),
         };
-        // SAFETY: `failure` is as `put` wants it, by contract.
-        unsafe { put(failure, value, "failure") }
+        // SAFETY: `failed` is as `put` wants it, by contract.
+        unsafe { put(failed, value, "failed") }
     })
 }
 

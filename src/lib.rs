@@ -17,7 +17,7 @@
 //! | [`region`] | one memory backend: stores, state map, range lock, counters |
 //! | `memory` | what a region's stores hold: taken beforehand, kept, given back, moved |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
-//! | `failures` | the last requests that failed |
+//! | `failed` | the last requests that failed |
 //! | `convert` | the conversion path, its order and its undo |
 //! | [`ffi`] | the C interface, `include/privmem.h` |
 //!
@@ -29,7 +29,7 @@
 pub mod agent;
 mod convert;
 pub mod error;
-mod failures;
+mod failed;
 pub mod ffi;
 pub mod kernel;
 pub mod listener;
@@ -43,7 +43,7 @@ mod sync;
 pub mod vm;
 
 pub use error::{Error, Result};
-pub use failures::Failure;
+pub use failed::FailedConversion;
 pub use kernel::NumaPolicy;
 pub use listener::Listener;
 pub use range::{GRANULE, Range};

@@ -14,7 +14,7 @@ use kvm_bindings::{
 
 use crate::agent::{Agent, Emulated, SwProtected};
 use crate::error::{Error, Result};
-use crate::failures::{Failure, Failures};
+use crate::failed::{FailedConversion, FailedConversions};
 use crate::kernel::{Kernel, Linux};
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
@@ -95,7 +95,7 @@ pub struct Vm {
     /// Changes with every request, so that a fault that comes back can tell
     /// whether one may have been in its way.
     pub(crate) generation: AtomicU64,
-    pub(crate) failures: Failures,
+    pub(crate) failed: FailedConversions,
 }
 
 impl Vm {
@@ -152,7 +152,7 @@ impl Vm {
             bindings: ShardedLock::default(),
             serials: AtomicU64::new(0),
             generation: AtomicU64::new(0),
-            failures: Failures::default(),
+            failed: FailedConversions::default(),
         }))
     }
 
@@ -215,8 +215,8 @@ impl Vm {
 
     /// The failed request that came `index` before the last one, if it is kept:
     /// those of [`Vm::convert`], the guest's and the operator's.
-    pub fn failure(&self, index: usize) -> Option<Failure> {
-        self.failures.get(index)
+    pub fn failed_conversion(&self, index: usize) -> Option<FailedConversion> {
+        self.failed.get(index)
     }
 
     pub(crate) fn next_serial(&self) -> u64 {

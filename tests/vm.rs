@@ -182,14 +182,16 @@ fn a_fault_that_nothing_explains_is_given_up() {
 #[test]
 fn the_last_failed_requests_are_kept() {
     let (_kernel, vm, region) = vm_with_region(4);
-    assert!(vm.failure(0).is_none());
+    assert!(vm.failed_conversion(0).is_none());
     // Of any kind, and more than are kept.
     assert!(vm.convert(1, GRANULE, Side::Shared).is_err());
     for gpa in 4..24 {
         assert!(vm.convert(gpa * GRANULE, GRANULE, Side::Private).is_err());
     }
     vm.convert(0, GRANULE, Side::Private).unwrap();
-    let kept: Vec<_> = (0..).map_while(|index| vm.failure(index)).collect();
+    let kept: Vec<_> = (0..)
+        .map_while(|index| vm.failed_conversion(index))
+        .collect();
     let numbers: Vec<_> = kept.iter().map(|failure| failure.number).collect();
     assert_eq!(numbers, [21, 20, 19, 18, 17, 16, 15, 14]);
     assert_eq!((kept[0].gpa, kept[0].size), (23 * GRANULE, GRANULE));

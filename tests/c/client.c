@@ -312,26 +312,26 @@ static void a_client_brings_its_own_agent(void)
 }
 
 /* What went wrong is still known later. */
-static void failures_are_kept(void)
+static void failed_conversions_are_kept(void)
 {
     struct privmem_vm *vm = NULL;
-    struct privmem_failure failure;
+    struct privmem_failed_conversion failure;
     size_t size = sizeof(failure);
 
     CHECK(privmem_vm_new_emulated(&vm) == 0);
-    CHECK(privmem_vm_failure(NULL, 0, &failure, size) == -EINVAL);
-    CHECK(privmem_vm_failure(vm, 0, &failure, size - 1) == -EINVAL);
-    CHECK(privmem_vm_failure(vm, 0, &failure, size) == -ENOENT);
+    CHECK(privmem_vm_failed_conversion(NULL, 0, &failure, size) == -EINVAL);
+    CHECK(privmem_vm_failed_conversion(vm, 0, &failure, size - 1) == -EINVAL);
+    CHECK(privmem_vm_failed_conversion(vm, 0, &failure, size) == -ENOENT);
     CHECK(convert(vm, 7 * PAGE, PAGE, true) == -EINVAL);
     CHECK(convert(vm, 3, PAGE, false) == -EINVAL);
-    CHECK(privmem_vm_failure(vm, 0, NULL, size) == -EINVAL);
-    CHECK(privmem_vm_failure(vm, 1, &failure, size) == 0);
+    CHECK(privmem_vm_failed_conversion(vm, 0, NULL, size) == -EINVAL);
+    CHECK(privmem_vm_failed_conversion(vm, 1, &failure, size) == 0);
     CHECK(failure.number == 1 && failure.gpa == 7 * PAGE && failure.to_private);
     CHECK(failure.size == PAGE && failure.error == -EINVAL && failure.time != 0);
     CHECK(strstr(failure.message, "0x7000") != NULL);
-    CHECK(privmem_vm_failure(vm, 0, &failure, size) == 0);
+    CHECK(privmem_vm_failed_conversion(vm, 0, &failure, size) == 0);
     CHECK(failure.number == 2 && !failure.to_private);
-    CHECK(privmem_vm_failure(vm, 2, &failure, size) == -ENOENT);
+    CHECK(privmem_vm_failed_conversion(vm, 2, &failure, size) == -ENOENT);
     privmem_vm_free(vm);
 }
 
@@ -403,7 +403,7 @@ int main(void)
 
     null_is_an_error();
     a_client_brings_its_own_agent();
-    failures_are_kept();
+    failed_conversions_are_kept();
     regions_have_options();
     CHECK(privmem_version()[0] != '\0');
 

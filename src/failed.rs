@@ -12,7 +12,7 @@ const KEPT: usize = 8;
 
 /// A request to convert memory that failed.
 #[derive(Clone, Debug)]
-pub struct Failure {
+pub struct FailedConversion {
     /// Which one of all it is, from 1.
     pub number: u64,
     pub time: SystemTime,
@@ -27,15 +27,15 @@ pub struct Failure {
 }
 
 #[derive(Default)]
-pub(crate) struct Failures(Mutex<VecDeque<Failure>>);
+pub(crate) struct FailedConversions(Mutex<VecDeque<FailedConversion>>);
 
-impl Failures {
+impl FailedConversions {
     pub(crate) fn add(&self, gpa: u64, size: u64, to: Side, error: &Error) {
         let message = error.to_string();
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let number = kept.front().map_or(1, |last| last.number + 1);
         kept.truncate(KEPT - 1);
-        kept.push_front(Failure {
+        kept.push_front(FailedConversion {
             number,
             time: SystemTime::now(),
             gpa,
@@ -47,7 +47,7 @@ impl Failures {
     }
 
     /// The one that came `index` before the last.
-    pub(crate) fn get(&self, index: usize) -> Option<Failure> {
+    pub(crate) fn get(&self, index: usize) -> Option<FailedConversion> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.get(index).cloned()
     }
