@@ -135,6 +135,19 @@ struct privmem_agent {
    * Private pages of the range go without a conversion.
    */
   void (*invalidate)(void *opaque, uint64_t gpa, uint64_t size);
+  /**
+   * Moves private contents from one file to another, as many bytes, for
+   * `privmem_vm_relocate`. Nobody writes to them meanwhile, and the new place
+   * reads zero; it is emptied again if this fails. Called once for each
+   * stretch. NULL, or absent in an older table: the agent moves nothing.
+   */
+  int (*relocate)(void *opaque,
+                  uint64_t gpa,
+                  uint64_t size,
+                  int from_fd,
+                  uint64_t from_offset,
+                  int to_fd,
+                  uint64_t to_offset);
 };
 
 /**
@@ -275,6 +288,15 @@ struct privmem_info {
    * Requests that touched the region and failed.
    */
   uint64_t failed_conversions;
+  /**
+   * Private contents, kept ones included, that `privmem_vm_relocate` moved
+   * elsewhere than in the private store.
+   */
+  uint64_t relocated;
+  /**
+   * Of these, on a disk; not in `private_held`.
+   */
+  uint64_t swapped;
 };
 
 /**
@@ -578,6 +600,42 @@ int privmem_vm_convert(const struct privmem_vm *vm,
  * `vm` is NULL or a live handle.
  */
 int privmem_vm_memory_fault(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
+
+/**
+ * Moves private contents to another place while the guest runs; it sees the
+ * same contents throughout, and who writes to them waits meanwhile.
+ *
+ * `level` is KVM's: 1, 2 or 3 for 4 KiB, 2 MiB or 1 GiB at guest-physical
+ * `gpa`, a multiple of that. All of it must be private, and one stretch of one
+ * region. The new place is at `offset` of the file `fd`: a memfd, or one on a
+ * disk, whose pages leave memory then and are read again when touched (they
+ * are swapped out). It is open for reading and writing, large enough, and the
+ * region's alone; what it held is lost. It is duplicated. With -1 contents
+ * move home, to the region's private store; `offset` is ignored.
+ *
+ * Once the memory is converted, discarded or reset it is at home again, and its
+ * place is punched; so it is when the region is freed. A disk that fails when
+ * the memory is touched is SIGBUS for the thread that touches it.
+ *
+ * Any thread; waits for requests for the same memory. The caller must not touch
+ * memory of the guest's in a thread that this one waits for.
+ *
+ * Errors: -EINVAL for bad numbers, memory that is not bound or shared, or a bad
+ * file; -EBUSY where the place, or a part, holds private memory of this VM
+ * already, or another userfaultfd watches the memory; -EOPNOTSUPP for an agent
+ * that cannot, such as all with KVM; what the kernel or the agent returned.
+ * -EPERM means that the host keeps userfaultfd(2) from this process; the
+ * message says what allows it. All is where it was then, unless the message
+ * says otherwise.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `fd` is -1 or open.
+ */
+int privmem_vm_relocate(const struct privmem_vm *vm,
+                        uint64_t gpa,
+                        uint32_t level,
+                        int fd,
+                        uint64_t offset);
 
 /**
  * Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),

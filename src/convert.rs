@@ -51,6 +51,9 @@ impl<'a> Segment<'a> {
         let runs = self.region.state.runs(self.offsets.granules());
         runs.filter(move |run| run.side != to)
             .flat_map(|run| Range::from_granules(run.granules).pieces(PIECE))
+            // Freed by one call each, all or nothing, wherever they lie.
+            .flat_map(move |piece| self.region.parts(Side::Private, piece))
+            .map(|part| part.offsets)
             .map(move |offsets| Segment {
                 offsets,
                 gpa: self
@@ -97,8 +100,10 @@ impl<'a> Segment<'a> {
 
     fn publish(&self, side: Side) {
         self.region.state.set(self.offsets.granules(), side);
-        if side == Side::Private {
-            self.region.punch_huge_pages(self.offsets);
+        match side {
+            Side::Private => self.region.punch_huge_pages(self.offsets),
+            Side::Shared if self.region.keeps(Side::Private) => {}
+            Side::Shared => self.region.forget_places(self.offsets),
         }
     }
 }
@@ -179,17 +184,19 @@ impl Vm {
     ) -> Result<()> {
         for segment in segments {
             let Some(gpa) = segment.gpa else { continue };
-            for piece in gpa.pieces(PIECE) {
+            let pieces = segment.offsets.pieces(PIECE);
+            for part in pieces.flat_map(|piece| segment.region.parts(Side::Private, piece)) {
                 let bytes = source.as_mut().map(|rest| {
-                    let (bytes, after) = std::mem::take(rest).split_at_mut(piece.len() as usize);
+                    let len = part.offsets.len() as usize;
+                    let (bytes, after) = std::mem::take(rest).split_at_mut(len);
                     *rest = after;
                     bytes
                 });
                 self.agent.populate(InitialPages {
                     kernel: self.kernel.as_ref(),
-                    gpa: piece,
-                    store: segment.region.store(Side::Private),
-                    offsets: piece.rebase(gpa.start(), segment.offsets.start()),
+                    gpa: part.offsets.rebase(segment.offsets.start(), gpa.start()),
+                    store: &part.store,
+                    offsets: part.file,
                     source: bytes,
                     page_type,
                 })?;

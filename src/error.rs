@@ -111,6 +111,25 @@ pub enum Error {
     )]
     HopelessFault { gpa: u64 },
 
+    #[error("trust agent '{agent}' cannot move private memory: {why}")]
+    CannotRelocate { agent: String, why: &'static str },
+
+    #[error("guest-physical address {gpa:#x} is shared; only private memory is moved")]
+    NotPrivate { gpa: u64 },
+
+    #[error("{0} of the destination holds private memory of this VM already")]
+    PlaceTaken(Range),
+
+    #[error("the memory was moved, but its old place could not be freed: {0}")]
+    OldPlace(Box<Error>),
+
+    /// A move failed, and so did what shows the guest the old place again.
+    #[error(
+        "{cause}; the memory was not moved, but the guest may see zeroes in place of {stranded:#x} \
+         bytes until it is"
+    )]
+    Stranded { cause: Box<Error>, stranded: u64 },
+
     /// The VM cannot have private memory; says what there is and what is missing.
     #[error("this VM has no private memory: {0}")]
     NoPrivateMemory(String),
@@ -189,6 +208,10 @@ impl Error {
                 libc::EOPNOTSUPP
             }
             Error::NoMemoryForState { .. } => libc::ENOMEM,
+            Error::CannotRelocate { .. } => libc::EOPNOTSUPP,
+            Error::NotPrivate { .. } => libc::EINVAL,
+            Error::PlaceTaken(_) => libc::EBUSY,
+            Error::OldPlace(cause) | Error::Stranded { cause, .. } => cause.errno(),
             Error::NoInitialContents(_) | Error::Vmsa => libc::EOPNOTSUPP,
             Error::NoVcpu | Error::PageType { .. } => libc::EINVAL,
             Error::Finalized | Error::Prepared | Error::CannotReset => libc::EPERM,
@@ -199,6 +222,21 @@ impl Error {
             Error::Undone { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,
         }
+    }
+
+    /// What keeps the guest off memory that moves could not be had.
+    pub(crate) fn userfaultfd(source: io::Error) -> Self {
+        let hint = match source.raw_os_error() {
+            Some(libc::EPERM) => {
+                " (allow it: vm.unprivileged_userfaultfd=1, CAP_SYS_PTRACE, or access to \
+                 /dev/userfaultfd)"
+            }
+            Some(libc::ENOSYS | libc::EINVAL) => " (needs Linux 5.19 with CONFIG_USERFAULTFD)",
+            Some(libc::EBUSY) => " (another userfaultfd watches this memory, such as migration's)",
+            _ => return Error::kernel("userfaultfd", source),
+        };
+        let call = "userfaultfd";
+        Error::Kernel { call, source, hint }
     }
 
     /// Names the kernel call that failed and, for the usual causes, the way out.

@@ -10,18 +10,20 @@
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_int, c_ulong, c_void};
 use std::io;
+use std::mem::{MaybeUninit, offset_of};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use crate::agent::{Agent, InitialPages, PageType, Snp, SnpFinish, Tdx};
+use crate::agent::{Agent, InitialPages, Move, PageType, Snp, SnpFinish, Tdx};
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Linux, NumaPolicy};
 use crate::listener::Listener;
 use crate::range::{GRANULE, Range};
 use crate::region::{Options, Region};
+use crate::relocate::{Destination, Level};
 use crate::state::Side;
 use crate::vm::Vm;
 
@@ -98,6 +100,21 @@ pub struct privmem_agent {
         Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, is_private: bool)>,
     /// Private pages of the range go without a conversion.
     pub invalidate: Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64)>,
+    /// Moves private contents from one file to another, as many bytes, for
+    /// `privmem_vm_relocate`. Nobody writes to them meanwhile, and the new place
+    /// reads zero; it is emptied again if this fails. Called once for each
+    /// stretch. NULL, or absent in an older table: the agent moves nothing.
+    pub relocate: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            gpa: u64,
+            size: u64,
+            from_fd: c_int,
+            from_offset: u64,
+            to_fd: c_int,
+            to_offset: u64,
+        ) -> c_int,
+    >,
 }
 
 /// A [`privmem_agent`] whose name is ours.
@@ -194,6 +211,28 @@ impl Agent for CAgent {
             unsafe { invalidate(self.table.opaque, gpa.start(), gpa.len()) }
         }
     }
+
+    fn check_relocate(&self) -> Result<()> {
+        match self.table.relocate {
+            Some(_) => Ok(()),
+            None => Err(Error::CannotRelocate {
+                agent: self.name.clone(),
+                why: "it has no function for that",
+            }),
+        }
+    }
+
+    fn relocate(&self, contents: Move) -> Result<()> {
+        let Some(relocate) = self.table.relocate else {
+            return self.check_relocate();
+        };
+        let (opaque, gpa) = (self.table.opaque, contents.gpa);
+        let (from, from_at) = (contents.from.fd(), contents.from_offsets.start());
+        let (to, to_at) = (contents.to.fd(), contents.to_offsets.start());
+        let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+        // SAFETY: the agent outlives its VM, and both fds this call.
+        self.result(unsafe { relocate(opaque, gpa.start(), gpa.len(), from, from_at, to, to_at) })
+    }
 }
 
 /// Private-capable guest memory of fixed size.
@@ -267,6 +306,11 @@ pub struct privmem_info {
     pub conversions: u64,
     /// Requests that touched the region and failed.
     pub failed_conversions: u64,
+    /// Private contents, kept ones included, that `privmem_vm_relocate` moved
+    /// elsewhere than in the private store.
+    pub relocated: u64,
+    /// Of these, on a disk; not in `private_held`.
+    pub swapped: u64,
 }
 
 /// Neighbouring bytes of a region that are all private or all shared.
@@ -613,7 +657,10 @@ pub unsafe extern "C" fn privmem_vm_new_agent(
             return Err(null("agent"));
         }
         // SAFETY: valid for reading, and as large as it says.
-        let table = *unsafe { versioned(agent, &raw const (*agent).size, "an agent") }?;
+        let table = unsafe {
+            let least = offset_of!(privmem_agent, relocate);
+            versioned(agent, &raw const (*agent).size, least, "an agent")
+        }?;
         if table.name.is_null() {
             return Err(null("the agent's name"));
         }
@@ -883,6 +930,66 @@ pub unsafe extern "C" fn privmem_vm_memory_fault(
     guard(|| unsafe { borrow(vm, "vm") }?.0.memory_fault(gpa, size))
 }
 
+/// Moves private contents to another place while the guest runs; it sees the
+/// same contents throughout, and who writes to them waits meanwhile.
+///
+/// `level` is KVM's: 1, 2 or 3 for 4 KiB, 2 MiB or 1 GiB at guest-physical
+/// `gpa`, a multiple of that. All of it must be private, and one stretch of one
+/// region. The new place is at `offset` of the file `fd`: a memfd, or one on a
+/// disk, whose pages leave memory then and are read again when touched (they
+/// are swapped out). It is open for reading and writing, large enough, and the
+/// region's alone; what it held is lost. It is duplicated. With -1 contents
+/// move home, to the region's private store; `offset` is ignored.
+///
+/// Once the memory is converted, discarded or reset it is at home again, and its
+/// place is punched; so it is when the region is freed. A disk that fails when
+/// the memory is touched is SIGBUS for the thread that touches it.
+///
+/// Any thread; waits for requests for the same memory. The caller must not touch
+/// memory of the guest's in a thread that this one waits for.
+///
+/// Errors: -EINVAL for bad numbers, memory that is not bound or shared, or a bad
+/// file; -EBUSY where the place, or a part, holds private memory of this VM
+/// already, or another userfaultfd watches the memory; -EOPNOTSUPP for an agent
+/// that cannot, such as all with KVM; what the kernel or the agent returned.
+/// -EPERM means that the host keeps userfaultfd(2) from this process; the
+/// message says what allows it. All is where it was then, unless the message
+/// says otherwise.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `fd` is -1 or open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_relocate(
+    vm: *const privmem_vm,
+    gpa: u64,
+    level: u32,
+    fd: c_int,
+    offset: u64,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        let level = match level {
+            1 => Level::Size4K,
+            2 => Level::Size2M,
+            3 => Level::Size1G,
+            other => {
+                let text = format!("{other} is no level: it is 1, 2 or 3");
+                return Err(Error::InvalidArgument(text));
+            }
+        };
+        let to = match fd {
+            -1 => Destination::Home,
+            // SAFETY: open for as long as this call, by contract.
+            fd => Destination::File {
+                fd: unsafe { static_fd(fd, "the fd") }?,
+                offset,
+            },
+        };
+        vm.0.relocate(gpa, level, to)
+    })
+}
+
 /// Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),
 /// with its two stores. Memory is taken when it is touched.
 ///
@@ -928,7 +1035,10 @@ unsafe fn region_options(options: *const privmem_region_options) -> Result<Optio
         return Ok(Options::default());
     }
     // SAFETY: valid for reading, and as large as it says.
-    let options = unsafe { versioned(options, &raw const (*options).size, "options") }?;
+    let options = unsafe {
+        let all = size_of::<privmem_region_options>();
+        versioned(options, &raw const (*options).size, all, "options")
+    }?;
     Ok(Options {
         initial: side(options.initially_private),
         keep_private: options.keep_private,
@@ -937,20 +1047,32 @@ unsafe fn region_options(options: *const privmem_region_options) -> Result<Optio
     })
 }
 
-/// Borrows a struct that starts with its own size, as the caller knows it.
+/// Copies a struct that starts with its own size, as the caller knows it: of
+/// its first version, of `least` bytes, or a later one. Fields that an older
+/// caller does not have are zero.
 ///
 /// # Safety
 /// `table` is not NULL and `size` points to its first field; as many bytes as
-/// that says are valid for reading.
-unsafe fn versioned<'a, T>(table: *const T, size: *const usize, what: &str) -> Result<&'a T> {
+/// that says are valid for reading. Zeroes are valid for fields beyond `least`.
+unsafe fn versioned<T: Copy>(
+    table: *const T,
+    size: *const usize,
+    least: usize,
+    what: &str,
+) -> Result<T> {
     // SAFETY: valid for reading, by contract.
     let size = unsafe { size.read() };
-    if size < size_of::<T>() {
+    if size < least {
         let text = format!("{what} of {size} bytes is too small for this library");
         return Err(Error::InvalidArgument(text));
     }
-    // SAFETY: as large as a `T` at least.
-    unsafe { borrow(table, what) }
+    let mut copy = MaybeUninit::<T>::zeroed();
+    let (from, to) = (table.cast::<u8>(), copy.as_mut_ptr().cast::<u8>());
+    // SAFETY: as many bytes as both have; the rest is zero, which is valid.
+    unsafe {
+        to.copy_from_nonoverlapping(from, size.min(size_of::<T>()));
+        Ok(copy.assume_init())
+    }
 }
 
 /// Takes the memory of all that there is now, with `threads` at once, and from
@@ -1180,7 +1302,10 @@ pub unsafe extern "C" fn privmem_region_add_listener(
             return Err(null("listener"));
         }
         // SAFETY: valid for reading, and as large as it says.
-        let table = unsafe { versioned(listener, &raw const (*listener).size, "a listener") }?;
+        let table = unsafe {
+            let all = size_of::<privmem_listener>();
+            versioned(listener, &raw const (*listener).size, all, "a listener")
+        }?;
         let (Some(discard), Some(populate)) = (table.discard, table.populate) else {
             return Err(null("a function of the listener"));
         };
@@ -1349,8 +1474,7 @@ pub unsafe extern "C" fn privmem_region_info(
     info_size: usize,
 ) -> c_int {
     guard(|| {
-        // As long as there is one version of the struct, one size will do.
-        if info_size < size_of::<privmem_info>() {
+        if info_size < offset_of!(privmem_info, relocated) {
             let text = format!("info_size {info_size} is too small");
             return Err(Error::InvalidArgument(text));
         }
@@ -1367,9 +1491,19 @@ pub unsafe extern "C" fn privmem_region_info(
             held_twice: known(now.held_twice),
             conversions: now.conversions,
             failed_conversions: now.failed_conversions,
+            relocated: now.relocated,
+            swapped: now.swapped,
         };
-        // SAFETY: `info` is as `put` wants it, by contract.
-        unsafe { put(info, value, "info") }
+        if info.is_null() {
+            return Err(null("info"));
+        }
+        let size = info_size.min(size_of::<privmem_info>());
+        // SAFETY: not NULL, and valid for writing as many bytes by contract.
+        unsafe {
+            let from = (&raw const value).cast::<u8>();
+            info.cast::<u8>().copy_from_nonoverlapping(from, size);
+        }
+        Ok(())
     })
 }
 

@@ -9,6 +9,8 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::panic::resume_unwind;
+use std::thread;
 
 use kvm_bindings::{
     KVMIO, kvm_create_guest_memfd, kvm_memory_attributes, kvm_sev_cmd, kvm_sev_snp_launch_finish,
@@ -126,7 +128,141 @@ pub trait Kernel: Send + Sync {
     /// `host` up to `host + offsets.len()` must be a mapping whose owner
     /// agrees to have it replaced, and that nobody unmaps meanwhile.
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
+
+    /// Holds off whoever writes to `len` bytes at `host`, a mapping of a memfd,
+    /// for as long as the result lives; who reads goes on. userfaultfd(2) with
+    /// `UFFDIO_REGISTER_MODE_WP` (EINVAL before Linux 5.19).
+    ///
+    /// The kernel's own writers, such as read(2), are held off as well, which not
+    /// every process may do: EPERM without `vm.unprivileged_userfaultfd`,
+    /// CAP_SYS_PTRACE and access to /dev/userfaultfd.
+    ///
+    /// # Safety
+    /// As for [`Kernel::map_fixed`]; whoever writes there waits.
+    unsafe fn write_protect(&self, host: usize, len: u64) -> io::Result<Blocked>;
+
+    /// As [`Kernel::map_fixed`], for a memfd and whatever is mapped at `host`;
+    /// who reads or writes there waits for as long as the result lives.
+    /// userfaultfd(2) with the modes MISSING and MINOR.
+    ///
+    /// # Safety
+    /// As for [`Kernel::map_fixed`]; whoever touches it waits.
+    unsafe fn map_blocked(
+        &self,
+        host: usize,
+        fd: BorrowedFd,
+        offsets: Range,
+    ) -> io::Result<Blocked>;
+
+    /// What file `fd` is: fstat(2) and fstatfs(2).
+    fn file(&self, fd: BorrowedFd) -> io::Result<FileFacts>;
+
+    /// fdatasync(2).
+    fn sync(&self, fd: BorrowedFd) -> io::Result<()>;
+
+    /// posix_fadvise(2) with `POSIX_FADV_DONTNEED`: a file on a disk gives its
+    /// pages back, once they are written and nobody maps them.
+    fn evict(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
 }
+
+/// Which file an fd is of, as far as guest memory can lie there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileFacts {
+    pub id: FileId,
+    /// In bytes; `None` for what is no regular file, or is of huge pages.
+    pub size: Option<u64>,
+    /// A memfd, or a file of a tmpfs, which the kernel can block.
+    pub in_memory: bool,
+}
+
+/// A file among all of the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileId {
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// Who writes to a range of addresses, or touches it, waits while this lives.
+/// Closing the fd lets all go on, whatever went wrong before; they are woken all
+/// the same, because a child that was just forked may have the fd as well.
+pub struct Blocked {
+    uffd: OwnedFd,
+    range: UffdRange,
+}
+
+impl Blocked {
+    /// `uffd` is a userfaultfd, and `len` bytes at `host` are registered with it.
+    pub fn new(uffd: OwnedFd, host: usize, len: u64) -> Blocked {
+        let range = UffdRange {
+            start: host as u64,
+            len,
+        };
+        Blocked { uffd, range }
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        for request in [UFFDIO_UNREGISTER, UFFDIO_WAKE] {
+            // Refused where nothing is registered any more, because something
+            // else was mapped there: only waking is left to do then.
+            // SAFETY: both read this struct and touch no memory of the range.
+            unsafe { libc::ioctl(self.uffd.as_raw_fd(), request, &self.range) };
+        }
+    }
+}
+
+/// `struct uffdio_range` of include/uapi/linux/userfaultfd.h; as those below
+/// not in the libc crate.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct UffdRange {
+    start: u64,
+    len: u64,
+}
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct UffdApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct UffdRegister {
+    range: UffdRange,
+    mode: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+struct UffdWriteProtect {
+    range: UffdRange,
+    mode: u64,
+}
+
+/// Bytes of `struct uffd_msg`, of which the first one is its kind.
+const UFFD_MSG: usize = 32;
+
+const UFFD_API: u64 = 0xaa;
+const UFFD_EVENT_REMAP: u8 = 0x14;
+const UFFD_FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const UFFD_FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
+const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
+const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+const USERFAULTFD_IOC_NEW: libc::Ioctl = libc::_IO(0xaa, 0x00);
+const UFFDIO_REGISTER: libc::Ioctl = libc::_IOWR::<UffdRegister>(0xaa, 0x00);
+const UFFDIO_UNREGISTER: libc::Ioctl = libc::_IOR::<UffdRange>(0xaa, 0x01);
+const UFFDIO_WAKE: libc::Ioctl = libc::_IOR::<UffdRange>(0xaa, 0x02);
+const UFFDIO_WRITEPROTECT: libc::Ioctl = libc::_IOWR::<UffdWriteProtect>(0xaa, 0x06);
+const UFFDIO_API: libc::Ioctl = libc::_IOWR::<UffdApi>(0xaa, 0x3f);
 
 /// `struct kvm_tdx_init_mem_region` of arch/x86/include/uapi/asm/kvm.h; not in
 /// kvm-bindings.
@@ -162,6 +298,50 @@ const KVM_MEMORY_ENCRYPT_OP: libc::Ioctl = libc::_IOWR::<libc::c_ulong>(KVMIO, 0
 pub struct Linux;
 
 impl Linux {
+    /// A userfaultfd with `features`, which sees the kernel's own faults as
+    /// well: by system call for whom the host trusts, otherwise by a device that
+    /// has permissions of its own.
+    fn userfaultfd(&self, features: u64) -> io::Result<OwnedFd> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: the call takes flags and touches no memory.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        let uffd = owned(fd as libc::c_int).or_else(|refused| {
+            let device = File::open("/dev/userfaultfd").map_err(|_| refused)?;
+            // SAFETY: as above.
+            owned(unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) })
+        })?;
+        let mut api = UffdApi {
+            api: UFFD_API,
+            features,
+            ioctls: 0,
+        };
+        // SAFETY: `api` is the struct that this ioctl reads and writes.
+        result(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &mut api) })?;
+        Ok(uffd)
+    }
+
+    /// # Safety
+    /// The owner of `len` bytes at `host` agrees that who touches them waits.
+    unsafe fn register(
+        &self,
+        uffd: OwnedFd,
+        host: usize,
+        len: u64,
+        mode: u64,
+    ) -> io::Result<Blocked> {
+        let blocked = Blocked::new(uffd, host, len);
+        let mut register = UffdRegister {
+            range: blocked.range,
+            mode,
+            ioctls: 0,
+        };
+        let uffd = blocked.uffd.as_raw_fd();
+        // SAFETY: `register` is the struct that this ioctl reads and writes; who
+        // waits is the caller's promise.
+        result(unsafe { libc::ioctl(uffd, UFFDIO_REGISTER, &mut register) })?;
+        Ok(blocked)
+    }
+
     /// # Safety
     /// `command.data` is what its `id` wants, valid for the kernel.
     unsafe fn tdx(&self, fd: BorrowedFd, mut command: TdxCommand) -> CommandResult {
@@ -241,6 +421,86 @@ fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
 fn as_file(fd: BorrowedFd) -> ManuallyDrop<File> {
     // SAFETY: open for as long as it is borrowed, and never closed by this value.
     ManuallyDrop::new(unsafe { File::from_raw_fd(fd.as_raw_fd()) })
+}
+
+/// A mapping that only we know of. Nobody can touch it at first: where the
+/// process has locked all its memory, the kernel would fill it at once, and what
+/// is filled is not waited for.
+struct Aside(*mut libc::c_void, usize);
+
+impl Aside {
+    fn new(fd: BorrowedFd, offsets: Range) -> io::Result<Aside> {
+        let len = offsets.len() as usize;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_NONE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                offsets.start() as libc::off_t,
+            )
+        };
+        match start {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            start => Ok(Aside(start, len)),
+        }
+    }
+
+    /// Moves the mapping, registered with `uffd`, to where another one is, at
+    /// once. The kernel tells `uffd` so, and waits until that is read.
+    ///
+    /// # Safety
+    /// `host` is a mapping of this size whose owner lets it be replaced.
+    unsafe fn move_to(self, host: usize, uffd: &OwnedFd) -> io::Result<()> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the mapping is ours alone.
+        result(unsafe { libc::mprotect(self.0, self.1, protection) })?;
+        let (from, len) = (self.0 as usize, self.1);
+        let remap = || {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let (from, to) = (from as *mut libc::c_void, host as *mut libc::c_void);
+            // SAFETY: `from` is ours, and `host` may be replaced.
+            match unsafe { libc::mremap(from, len, len, flags, to) } {
+                libc::MAP_FAILED => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        };
+        thread::scope(|scope| {
+            let mover = thread::Builder::new().spawn_scoped(scope, remap)?;
+            while !mover.is_finished() && !next_is_remap(uffd) {}
+            mover.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })?;
+        // Nothing is left where it was.
+        std::mem::forget(self);
+        Ok(())
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `new` made, and that nobody else knows of.
+        unsafe { libc::munmap(self.0, self.1) };
+    }
+}
+
+/// Reads what a userfaultfd tells next, for a moment: whether that is a move.
+/// Faults are told as well; those that wait are woken without an answer.
+fn next_is_remap(uffd: &OwnedFd) -> bool {
+    const MOMENT_MS: libc::c_int = 1;
+    let mut poll = libc::pollfd {
+        fd: uffd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut message = [0; UFFD_MSG];
+    // SAFETY: poll(2) writes one struct, read(2) at most one message.
+    unsafe {
+        libc::poll(&mut poll, 1, MOMENT_MS);
+        let size = libc::read(uffd.as_raw_fd(), message.as_mut_ptr().cast(), UFFD_MSG);
+        size == UFFD_MSG as isize && message[0] == UFFD_EVENT_REMAP
+    }
 }
 
 impl Kernel for Linux {
@@ -451,5 +711,78 @@ impl Kernel for Linux {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+
+    unsafe fn write_protect(&self, host: usize, len: u64) -> io::Result<Blocked> {
+        let uffd = self.userfaultfd(UFFD_FEATURE_WP_HUGETLBFS_SHMEM)?;
+        // SAFETY: the caller owns the range and lets writers wait.
+        let blocked = unsafe { self.register(uffd, host, len, UFFDIO_REGISTER_MODE_WP) }?;
+        let mut protect = UffdWriteProtect {
+            range: blocked.range,
+            mode: UFFDIO_WRITEPROTECT_MODE_WP,
+        };
+        let uffd = blocked.uffd.as_raw_fd();
+        // SAFETY: `protect` is the struct that this ioctl reads.
+        result(unsafe { libc::ioctl(uffd, UFFDIO_WRITEPROTECT, &mut protect) })?;
+        Ok(blocked)
+    }
+
+    unsafe fn map_blocked(
+        &self,
+        host: usize,
+        fd: BorrowedFd,
+        offsets: Range,
+    ) -> io::Result<Blocked> {
+        let uffd = self.userfaultfd(
+            UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM,
+        )?;
+        let len = offsets.len();
+        // Registered elsewhere first: between a mapping in place and its
+        // registration somebody would touch it.
+        let aside = Aside::new(fd, offsets)?;
+        let mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR;
+        // SAFETY: nobody else knows of the mapping.
+        let mut blocked = unsafe { self.register(uffd, aside.0 as usize, len, mode) }?;
+        // SAFETY: the caller lets us replace what is at `host`.
+        unsafe { aside.move_to(host, &blocked.uffd) }?;
+        blocked.range.start = host as u64;
+        Ok(blocked)
+    }
+
+    fn file(&self, fd: BorrowedFd) -> io::Result<FileFacts> {
+        let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
+        let mut statfs = std::mem::MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: both fill their struct where they return 0, and only then is
+        // it read.
+        let (stat, statfs) = unsafe {
+            result(libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()))?;
+            result(libc::fstatfs(fd.as_raw_fd(), statfs.as_mut_ptr()))?;
+            (stat.assume_init(), statfs.assume_init())
+        };
+        let regular = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
+        let usable = regular && statfs.f_type != libc::HUGETLBFS_MAGIC;
+        let in_memory = statfs.f_type == libc::TMPFS_MAGIC;
+        Ok(FileFacts {
+            id: FileId {
+                device: stat.st_dev,
+                inode: stat.st_ino,
+            },
+            size: usable.then_some(stat.st_size as u64),
+            in_memory,
+        })
+    }
+
+    fn sync(&self, fd: BorrowedFd) -> io::Result<()> {
+        as_file(fd).sync_data()
+    }
+
+    fn evict(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
+        let (offset, len) = (offsets.start() as libc::off_t, offsets.len() as libc::off_t);
+        let advice = libc::POSIX_FADV_DONTNEED;
+        // SAFETY: the call drops what the file keeps in memory of what it has.
+        match unsafe { libc::posix_fadvise(fd.as_raw_fd(), offset, len, advice) } {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
     }
 }

@@ -19,12 +19,15 @@
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `failed` | the last requests that failed |
 //! | `convert` | the conversion path, its order and its undo |
+//! | `places` | where private contents lie that were moved |
+//! | [`relocate`] | moving private contents while the guest runs |
 //! | [`ffi`] | the C interface, `include/privmem.h` |
 //!
 //! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
 //! region ([`region`], regions in order of their serial number, then by
-//! offset). Listeners and agents are called under these locks: that is
-//! what orders what they do with the conversion. No other call goes back into C.
+//! offset), where contents lie (`places`; held for no call). Listeners and
+//! agents are called under these locks: that is what orders what they do with
+//! the conversion. No other call goes back into C.
 
 pub mod agent;
 mod convert;
@@ -34,9 +37,11 @@ pub mod ffi;
 pub mod kernel;
 pub mod listener;
 mod memory;
+mod places;
 pub mod range;
 mod range_lock;
 pub mod region;
+pub mod relocate;
 pub mod state;
 pub mod store;
 mod sync;
@@ -48,5 +53,6 @@ pub use kernel::NumaPolicy;
 pub use listener::Listener;
 pub use range::{GRANULE, Range};
 pub use region::{Info, Options, Region};
+pub use relocate::{Destination, Level};
 pub use state::{Side, StateMap};
 pub use vm::Vm;

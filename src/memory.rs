@@ -9,6 +9,7 @@ use std::thread;
 
 use crate::error::{Error, Result};
 use crate::kernel::NumaPolicy;
+use crate::places::Part;
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::{Side, StateMap};
@@ -80,10 +81,17 @@ impl Region {
 
     /// Takes the memory of `offsets` on `side`, if that is wanted.
     pub(crate) fn allocate(&self, side: Side, offsets: Range) -> Result<()> {
-        match self.allocates(side) {
-            true => self.store(side).allocate(offsets, self.policy.get()),
-            false => Ok(()),
+        if !self.allocates(side) {
+            return Ok(());
         }
+        let mut parts = self.parts(side, offsets);
+        parts.try_for_each(|part| self.take(&part))
+    }
+
+    /// Takes the memory of a part; a file of the caller's has its own policy.
+    pub(crate) fn take(&self, part: &Part) -> Result<()> {
+        let policy = self.policy.get().filter(|_| part.store.is_own());
+        part.store.allocate(part.file, policy)
     }
 
     /// Whether memory that comes to `side` is taken at once.
@@ -103,8 +111,12 @@ impl Region {
     pub(crate) fn punch(&self, side: Side, offsets: Range) -> Result<()> {
         match self.keeps(side) {
             true => Ok(()),
-            false => self.store(side).punch(offsets),
+            false => self.free(side, offsets),
         }
+    }
+
+    fn free(&self, side: Side, offsets: Range) -> Result<()> {
+        self.parts(side, offsets).try_for_each(|part| part.punch())
     }
 
     /// Frees the memory of `size` bytes at `offset`, on whichever side they
@@ -116,8 +128,11 @@ impl Region {
         let shared = || self.runs_on(Side::Shared, offsets);
         shared().for_each(|run| self.listeners.discard(run));
         self.invalidate(&bindings, offsets);
-        let punch = |side| self.store(side).punch(offsets);
-        let freed = punch(Side::Private).and(punch(Side::Shared));
+        let free = |side| self.free(side, offsets);
+        let freed = self.send_home(offsets);
+        let freed = freed
+            .and_then(|()| free(Side::Private))
+            .and(free(Side::Shared));
         let mapped = shared()
             .map(|run| self.listeners.populate(run))
             .fold(Ok(()), Result::and);
@@ -192,13 +207,12 @@ impl Region {
             let changes: Vec<_> = self.runs_on(to.other(), piece).collect();
             for offsets in changes {
                 contents.resize(offsets.len() as usize, 0);
-                self.store(to.other())
-                    .read(offsets.start(), &mut contents)?;
+                self.read(to.other(), offsets, &mut contents)?;
                 self.vm.convert_offsets(self, offsets, to)?;
                 // What reads zero needs no memory, but a store may have kept some.
                 match contents.iter().any(|byte| *byte != 0) {
-                    true => self.store(to).write(offsets.start(), &contents)?,
-                    false => self.store(to).punch(offsets)?,
+                    true => self.write(to, offsets, &contents)?,
+                    false => self.free(to, offsets)?,
                 }
             }
         }

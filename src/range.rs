@@ -71,6 +71,24 @@ impl Range {
         (start < end).then_some(Range { start, end })
     }
 
+    /// From the start of the range to the end of one after it.
+    pub(crate) fn through(&self, last: &Range) -> Range {
+        debug_assert!(self.start < last.end);
+        Range {
+            end: last.end,
+            ..*self
+        }
+    }
+
+    /// What is left of the range before and after another one.
+    pub(crate) fn without(&self, other: &Range) -> [Option<Range>; 2] {
+        let part = |start, end| (start < end).then_some(Range { start, end });
+        [
+            part(self.start, self.end.min(other.start)),
+            part(self.start.max(other.end), self.end),
+        ]
+    }
+
     /// The granule at the start.
     pub(crate) fn first(&self) -> Range {
         Range {

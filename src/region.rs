@@ -8,6 +8,7 @@ use crossbeam::utils::CachePadded;
 use crate::error::{Error, Result};
 use crate::kernel::NumaPolicy;
 use crate::listener::{Listener, Listeners};
+use crate::places::{Part, Places};
 use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeLock;
 use crate::state::{Run, Side, StateMap};
@@ -49,8 +50,10 @@ pub struct Region {
     pub(crate) size: Range,
     pub(crate) options: Options,
     pub(crate) state: StateMap,
-    shared: Store,
-    private: Store,
+    shared: Arc<Store>,
+    private: Arc<Store>,
+    /// Where private contents lie that are not at home in the private store.
+    pub(crate) places: Places,
     host: OnceLock<usize>,
     /// Set by [`Region::preallocate`], for good.
     pub(crate) preallocated: AtomicBool,
@@ -74,6 +77,10 @@ pub struct Info {
     pub shared_held: Option<u64>,
     /// Held by a store for granules that are on the other side.
     pub held_twice: Option<u64>,
+    /// Private contents, kept ones included, that lie elsewhere than in the
+    /// private store, and of these on a disk.
+    pub relocated: u64,
+    pub swapped: u64,
     /// Requests that touched this region and succeeded, or failed.
     pub conversions: u64,
     pub failed_conversions: u64,
@@ -132,8 +139,9 @@ impl Region {
             size: range,
             options,
             state: StateMap::new(range.granules().len(), options.initial)?,
-            shared,
-            private,
+            shared: Arc::new(shared),
+            private: Arc::new(private),
+            places: Places::default(),
             host: OnceLock::new(),
             preallocated: AtomicBool::new(false),
             policy: OnceLock::new(),
@@ -152,7 +160,13 @@ impl Region {
         self.size.len()
     }
 
+    /// The store of a side. (For what was moved, private contents lie elsewhere:
+    /// see [`Vm::relocate`].)
     pub fn store(&self, side: Side) -> &Store {
+        self.own_store(side)
+    }
+
+    pub(crate) fn own_store(&self, side: Side) -> &Arc<Store> {
         match side {
             Side::Shared => &self.shared,
             Side::Private => &self.private,
@@ -256,6 +270,7 @@ impl Region {
         let bindings = self.vm.bindings();
         let _held = self.lock.acquire(vec![self.size]);
         self.invalidate(&bindings, self.size);
+        self.send_home(self.size)?;
         self.private.punch(self.size)?;
         match self.options.initial {
             Side::Private => self.allocate(Side::Private, self.size),
@@ -274,18 +289,35 @@ impl Region {
             private_held: self.held(Side::Private),
             shared_held: self.held(Side::Shared),
             held_twice: self.held_twice(),
+            relocated: self.lying_elsewhere(|_| true),
+            swapped: self.lying_elsewhere(|store| !store.is_in_memory()),
             conversions: self.conversions.load(Ordering::Relaxed),
             failed_conversions: self.failed.load(Ordering::Relaxed),
         }
     }
 
-    /// What a store holds in all. `st_blocks` says it for a memfd only.
+    fn lying_elsewhere(&self, counts: impl Fn(&Store) -> bool) -> u64 {
+        let parts = self.elsewhere(self.size).filter(|part| counts(&part.store));
+        parts.map(|part| part.offsets.len()).sum()
+    }
+
+    /// What a store holds in all, with what was moved out of it to other memory.
+    /// `st_blocks` says it for a memfd only, and of all that is in it.
     fn held(&self, side: Side) -> Option<u64> {
         let is_memfd = side == Side::Shared || self.vm.is_open();
         let store = self.store(side);
-        store
+        let own = store
             .held(self.size)
-            .or_else(|| is_memfd.then(|| store.blocks()).flatten())
+            .or_else(|| is_memfd.then(|| store.blocks()).flatten())?;
+        match side {
+            Side::Shared => Some(own),
+            Side::Private => Some(own + self.held_elsewhere(self.size)?),
+        }
+    }
+
+    fn held_elsewhere(&self, offsets: Range) -> Option<u64> {
+        let parts = self.elsewhere(offsets).filter(Part::is_in_memory);
+        parts.map(|part| part.store.held(part.file)).sum()
     }
 
     /// Asks the kernel once a run: not told where a guest has made so many
@@ -297,7 +329,12 @@ impl Region {
             .enumerate()
             .map(|(number, run)| {
                 let left = self.store(run.side.other());
-                (number < MANY).then(|| left.held(Range::from_granules(run.granules)))?
+                let offsets = Range::from_granules(run.granules);
+                let elsewhere = || match run.side {
+                    Side::Shared => self.held_elsewhere(offsets),
+                    Side::Private => Some(0),
+                };
+                (number < MANY).then(|| Some(left.held(offsets)? + elsewhere()?))?
             })
             .sum()
     }

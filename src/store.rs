@@ -6,17 +6,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, NumaPolicy};
+use crate::kernel::{FileFacts, Kernel, NumaPolicy};
 use crate::range::Range;
 
 /// Bytes that are taken in one call: a memfd's gives all of them back when a
 /// signal comes, and begins anew.
 const AT_ONCE: u64 = 2 << 20;
 
-/// One fd that holds guest memory: a memfd or a `guest_memfd`.
+/// One fd that holds guest memory: a memfd, a `guest_memfd`, or a file of the
+/// caller's where private contents were moved to.
 pub struct Store {
     kernel: Arc<dyn Kernel>,
     fd: OwnedFd,
+    /// Of a file of the caller's.
+    file: Option<FileFacts>,
 }
 
 impl Store {
@@ -33,8 +36,67 @@ impl Store {
         let fd = kernel
             .create_memfd(&name, size, huge_page)
             .map_err(|e| Error::kernel("memfd_create", e))?;
-        let kernel = kernel.clone();
-        Ok(Store { kernel, fd })
+        Ok(Store::own(kernel, fd))
+    }
+
+    fn own(kernel: &Arc<dyn Kernel>, fd: OwnedFd) -> Store {
+        Store {
+            kernel: kernel.clone(),
+            fd,
+            file: None,
+        }
+    }
+
+    /// A file of the caller's, whose fd is duplicated.
+    pub(crate) fn elsewhere(kernel: &Arc<dyn Kernel>, fd: BorrowedFd) -> Result<Store> {
+        let fd = fd
+            .try_clone_to_owned()
+            .map_err(|e| Error::kernel("fcntl(F_DUPFD)", e))?;
+        let mut store = Store::own(kernel, fd);
+        store.file = Some(store.facts()?);
+        Ok(store)
+    }
+
+    /// What it is to the host.
+    pub(crate) fn facts(&self) -> Result<FileFacts> {
+        let ask = || self.kernel.file(self.fd());
+        match self.file {
+            Some(facts) => Ok(facts),
+            None => ask().map_err(|e| Error::kernel("fstat", e)),
+        }
+    }
+
+    /// What file of the caller's it is, if it is one.
+    pub(crate) fn file(&self) -> Option<FileFacts> {
+        self.file
+    }
+
+    /// Whether it is one of a region's two.
+    pub(crate) fn is_own(&self) -> bool {
+        self.file.is_none()
+    }
+
+    /// Whether it is not a file on a disk.
+    pub(crate) fn is_in_memory(&self) -> bool {
+        self.file.is_none_or(|facts| facts.in_memory)
+    }
+
+    /// What lies on a disk is safe there on return.
+    pub(crate) fn write_back(&self) -> Result<()> {
+        match self.is_in_memory() {
+            true => Ok(()),
+            false => {
+                retry(|| self.kernel.sync(self.fd())).map_err(|e| Error::kernel("fdatasync", e))
+            }
+        }
+    }
+
+    /// What lies on a disk leaves memory, as far as nobody touches it.
+    pub(crate) fn evict(&self, offsets: Range) {
+        if !self.is_in_memory() {
+            // The kernel does so sooner or later, if it does not now.
+            let _ = self.kernel.evict(self.fd(), offsets);
+        }
     }
 
     /// A `guest_memfd` of `vm`: what only the guest can reach.
@@ -46,8 +108,7 @@ impl Store {
         let fd = kernel
             .create_guest_memfd(vm, size)
             .map_err(|e| Error::kernel("KVM_CREATE_GUEST_MEMFD", e))?;
-        let kernel = kernel.clone();
-        Ok(Store { kernel, fd })
+        Ok(Store::own(kernel, fd))
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {

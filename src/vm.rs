@@ -15,7 +15,8 @@ use kvm_bindings::{
 use crate::agent::{Agent, Emulated, SwProtected};
 use crate::error::{Error, Result};
 use crate::failed::{FailedConversion, FailedConversions};
-use crate::kernel::{Kernel, Linux};
+use crate::kernel::{Blocked, Kernel, Linux};
+use crate::places::{Part, Taken};
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::Side;
@@ -96,6 +97,8 @@ pub struct Vm {
     /// whether one may have been in its way.
     pub(crate) generation: AtomicU64,
     pub(crate) failed: FailedConversions,
+    /// Files of the caller's where private contents lie.
+    pub(crate) taken: Taken,
 }
 
 impl Vm {
@@ -153,6 +156,7 @@ impl Vm {
             serials: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             failed: FailedConversions::default(),
+            taken: Taken::default(),
         }))
     }
 
@@ -348,23 +352,53 @@ impl Vm {
         match (&self.switch, gpa, region.host_mapping()) {
             (Switch::Kvm(_), Some(gpa), _) => self.set_attributes(gpa, side),
             (Switch::Kvm(_), None, _) | (Switch::Mapping, _, None) => Ok(()),
-            (Switch::Mapping, _, Some(host)) => self
-                .map(region, host, offsets, side)
+            (Switch::Mapping, _, Some(_)) => self
+                .map(region, offsets, side)
                 // Some kernels unmap the old side before they find that they
                 // cannot map the new one.
-                .inspect_err(|_| drop(self.map(region, host, offsets, side.other()))),
+                .inspect_err(|_| drop(self.map(region, offsets, side.other()))),
         }
     }
 
-    /// Maps `side` of `offsets` in its place in the VMM's mapping at `host`.
-    fn map(&self, region: &Region, host: usize, offsets: Range, side: Side) -> Result<()> {
-        let at = host + offsets.start() as usize;
-        let fd = region.store(side).fd();
+    fn map(&self, region: &Region, offsets: Range, side: Side) -> Result<()> {
+        let mut parts = region.parts(side, offsets);
+        parts.try_for_each(|part| self.map_part(region, &part))
+    }
+
+    /// Maps a part in its place in the VMM's mapping, if there is one.
+    pub(crate) fn map_part(&self, region: &Region, part: &Part) -> Result<()> {
+        let Some(host) = region.host_mapping() else {
+            return Ok(());
+        };
+        let (at, fd) = (host + part.offsets.start() as usize, part.store.fd());
         // SAFETY: `set_host_mapping` promised a mapping of the whole region
-        // that is ours to replace while conversions run, and `offsets` lies
+        // that is ours to replace while conversions run, and the part lies
         // within the region.
-        retry(|| unsafe { self.kernel.map_fixed(at, fd, offsets) })
+        retry(|| unsafe { self.kernel.map_fixed(at, fd, part.file) })
             .map_err(|e| Error::kernel("mmap", e))
+    }
+
+    /// Has whoever writes to `offsets` of the VMM's mapping wait, if there is
+    /// one; or maps a part `over` them, which whoever touches it waits for.
+    pub(crate) fn block(
+        &self,
+        region: &Region,
+        offsets: Range,
+        over: Option<&Part>,
+    ) -> Result<Option<Blocked>> {
+        let Some(host) = region.host_mapping() else {
+            return Ok(None);
+        };
+        let at = host + offsets.start() as usize;
+        let blocked = match over {
+            // SAFETY: as in `map_part`; who waits goes on when the move ends.
+            None => retry(|| unsafe { self.kernel.write_protect(at, offsets.len()) }),
+            // SAFETY: as above.
+            Some(part) => {
+                retry(|| unsafe { self.kernel.map_blocked(at, part.store.fd(), part.file) })
+            }
+        };
+        blocked.map(Some).map_err(Error::userfaultfd)
     }
 }
 

@@ -1,12 +1,12 @@
 //! Trust agents: who keeps private contents from the host, and what of a
 //! guest's life they must be asked or told.
 //!
-//! | agent | keeps contents | initial contents |
-//! |---|---|---|
-//! | [`Tdx`] | the TDX module | `KVM_TDX_INIT_MEM_REGION` |
-//! | [`Snp`] | the SEV-SNP firmware and the RMP | `KVM_SEV_SNP_LAUNCH_UPDATE` |
-//! | [`SwProtected`] | KVM, by software alone | none: the guest starts in shared memory |
-//! | [`Emulated`] | nobody | written into the private store |
+//! | agent | keeps contents | initial contents | moves contents |
+//! |---|---|---|---|
+//! | [`Tdx`] | the TDX module | `KVM_TDX_INIT_MEM_REGION` | no: KVM has no call for that |
+//! | [`Snp`] | the SEV-SNP firmware and the RMP | `KVM_SEV_SNP_LAUNCH_UPDATE` | no: as above |
+//! | [`SwProtected`] | KVM, by software alone | none: the guest starts in shared memory | no: as above |
+//! | [`Emulated`] | nobody | written into the private store | from file to file |
 //!
 //! A VMM may bring one of its own.
 
@@ -15,7 +15,8 @@ mod tdx;
 
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
-use crate::range::Range;
+use crate::range::{GRANULE, Range};
+use crate::relocate::Level;
 use crate::state::Side;
 use crate::store::Store;
 
@@ -61,12 +62,26 @@ pub struct InitialPages<'a> {
     /// Guest-physical.
     pub gpa: Range,
     pub store: &'a Store,
-    /// Offsets into the private store.
+    /// Offsets into that store.
     pub offsets: Range,
     /// As many bytes as `gpa`, at a multiple of the granule; none for
     /// [`PageType::Zero`].
     pub source: Option<&'a mut [u8]>,
     pub page_type: PageType,
+}
+
+/// Private contents that are to move, one stretch on both sides, as the guest
+/// sees it. Nobody writes to them meanwhile, and nobody sees the new place, which
+/// reads zero.
+pub struct Move<'a> {
+    /// Guest-physical.
+    pub gpa: Range,
+    /// What was asked for; `gpa` may be a part of that.
+    pub level: Level,
+    pub from: &'a Store,
+    pub from_offsets: Range,
+    pub to: &'a Store,
+    pub to_offsets: Range,
 }
 
 /// A trust agent.
@@ -109,6 +124,21 @@ pub trait Agent: Send + Sync {
 
     /// Private pages of the range go without a conversion, such as a balloon's.
     fn invalidate(&self, _gpa: Range) {}
+
+    /// Whether private contents can be moved, before anybody is held off for
+    /// that; an error says why not.
+    fn check_relocate(&self) -> Result<()> {
+        Err(Error::CannotRelocate {
+            agent: self.name().to_owned(),
+            why: "it has no function for that",
+        })
+    }
+
+    /// Moves contents. On failure they are still where they were, and the new
+    /// place, which may have got a part of them, is emptied.
+    fn relocate(&self, _contents: Move) -> Result<()> {
+        self.check_relocate()
+    }
 }
 
 /// KVM as the agent of a `KVM_X86_SW_PROTECTED_VM`.
@@ -130,6 +160,14 @@ impl Agent for SwProtected {
     fn finalize(&self, _: &dyn Kernel) -> Result<()> {
         Ok(())
     }
+
+    fn check_relocate(&self) -> Result<()> {
+        Err(Error::CannotRelocate {
+            agent: self.name().to_owned(),
+            why: "pages of a guest_memfd are unmovable, and nobody but the guest reaches them; it \
+                  would take a call of KVM that no kernel has yet",
+        })
+    }
 }
 
 /// This library as the agent: two memfds a region, and no protection at all.
@@ -150,6 +188,38 @@ impl Agent for Emulated {
     fn finalize(&self, _: &dyn Kernel) -> Result<()> {
         Ok(())
     }
+
+    fn check_relocate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Copies what is not zero: the new place takes memory for nothing else.
+    fn relocate(&self, contents: Move) -> Result<()> {
+        let mut buffer = Vec::new();
+        for from in contents.from_offsets.pieces(MOVED) {
+            buffer.resize(from.len() as usize, 0);
+            contents.from.read(from.start(), &mut buffer)?;
+            let to = from.rebase(contents.from_offsets.start(), contents.to_offsets.start());
+            let mut at = to.start();
+            let granules: Vec<_> = buffer.chunks(GRANULE as usize).collect();
+            for run in granules.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+                let bytes = run.len() * GRANULE as usize;
+                if !is_zero(run[0]) {
+                    let start = (at - to.start()) as usize;
+                    contents.to.write(at, &buffer[start..start + bytes])?;
+                }
+                at += bytes as u64;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that are moved at a time.
+const MOVED: u64 = 1 << 20;
+
+fn is_zero(granule: &[u8]) -> bool {
+    *granule == [0; GRANULE as usize]
 }
 
 /// A request that may be done in part goes on for as long as it is told to try

@@ -46,6 +46,12 @@ const DEFAULT_FINISH: SnpFinish = SnpFinish {
 /// A conversion changes the owner of pages in the RMP when the guest next
 /// touches them; it must validate them again (PVALIDATE). KVM gives pages of a
 /// punched private store back to the host in the RMP.
+///
+/// The firmware can move a page, contents included: `SNP_PAGE_MOVE` to another
+/// host page; `SNP_PAGE_SWAP_OUT` and `SNP_PAGE_SWAP_IN` to ordinary memory,
+/// encrypted and authenticated, and back (SEV Secure Nested Paging Firmware ABI
+/// Specification). KVM lets nobody ask for that, so that
+/// [`Agent::check_relocate`] refuses.
 pub struct Snp {
     vm: BorrowedFd<'static>,
     sev: BorrowedFd<'static>,
@@ -144,6 +150,14 @@ impl Agent for Snp {
         });
         let at = update.gfn_start.saturating_mul(GRANULE);
         done.map_err(|error| error.of("KVM_SEV_SNP_LAUNCH_UPDATE", Some(at)))
+    }
+
+    fn check_relocate(&self) -> Result<()> {
+        Err(Error::CannotRelocate {
+            agent: self.name().to_owned(),
+            why: "the SEV-SNP firmware can (SNP_PAGE_MOVE, SNP_PAGE_SWAP_OUT, SNP_PAGE_SWAP_IN), \
+                  but no kernel has a call of KVM that asks it to",
+        })
     }
 
     fn finalize(&self, kernel: &dyn Kernel) -> Result<()> {

@@ -13,6 +13,13 @@ use crate::range::GRANULE;
 ///
 /// A page that was converted to private has lost its contents, and the guest
 /// must accept it again: the module answers its access with #VE until then.
+///
+/// The module can move a page, contents included, without the guest's help:
+/// `TDH.MEM.RANGE.BLOCK` keeps the guest off it, `TDH.MEM.TRACK` with an IPI to
+/// each vCPU flushes old translations, `TDH.MEM.PAGE.RELOCATE` copies it under
+/// the guest's key to another host page and takes the block off (Intel TDX
+/// Module ABI Reference Specification). KVM lets nobody ask for that, so that
+/// [`Agent::check_relocate`] refuses.
 pub struct Tdx {
     vm: BorrowedFd<'static>,
     vcpu: Mutex<Option<BorrowedFd<'static>>>,
@@ -74,6 +81,14 @@ impl Agent for Tdx {
             (region.nr_pages, result)
         });
         done.map_err(|error| error.of("KVM_TDX_INIT_MEM_REGION", Some(region.gpa)))
+    }
+
+    fn check_relocate(&self) -> Result<()> {
+        Err(Error::CannotRelocate {
+            agent: self.name().to_owned(),
+            why: "the TDX module can (TDH.MEM.PAGE.RELOCATE), but no kernel has a call of KVM that \
+                  asks it to",
+        })
     }
 
     fn finalize(&self, kernel: &dyn Kernel) -> Result<()> {

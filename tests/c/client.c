@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define PAGE 4096ull
 #define PAGES 64ull
@@ -69,6 +70,7 @@ static void null_is_an_error(void)
     CHECK(privmem_vm_unbind(NULL, 0, PAGE) == -EINVAL);
     CHECK(privmem_vm_convert(NULL, 0, PAGE, true, &len) == -EINVAL);
     CHECK(privmem_vm_memory_fault(NULL, 0, PAGE) == -EINVAL);
+    CHECK(privmem_vm_relocate(NULL, 0, 1, -1, 0) == -EINVAL);
     CHECK(privmem_region_new(NULL, "r", PAGE, NULL, &region) == -EINVAL);
     CHECK(privmem_vm_new_tdx(-1, &vm) == -EINVAL);
     CHECK(privmem_vm_new_snp(-1, -1, &vm) == -EINVAL);
@@ -200,7 +202,7 @@ static void convert_in_threads(const struct privmem_vm *vm)
 
 /* A trust agent of ours: counts what it is told, and refuses one page. */
 struct agent {
-    int before, after, invalidated, prepared, populated, finalized;
+    int before, after, invalidated, prepared, populated, finalized, moved;
     uint64_t refused;
 };
 
@@ -252,6 +254,61 @@ static void agent_invalidate(void *opaque, uint64_t gpa, uint64_t size)
     ((struct agent *)opaque)->invalidated += size / PAGE;
 }
 
+static int agent_relocate(void *opaque, uint64_t gpa, uint64_t size,
+                          int from_fd, uint64_t from_offset,
+                          int to_fd, uint64_t to_offset)
+{
+    struct agent *agent = opaque;
+    unsigned char page[PAGE];
+
+    CHECK(size == PAGE);
+    if (gpa == agent->refused) {
+        return -EACCES;
+    }
+    CHECK(pread(from_fd, page, PAGE, from_offset) == PAGE);
+    CHECK(pwrite(to_fd, page, PAGE, to_offset) == PAGE);
+    agent->moved++;
+    return 0;
+}
+
+/* The agent of a client moves contents; an older one has no function for it. */
+static void an_agent_moves_pages(struct agent *agent, struct privmem_vm *vm,
+                                 struct privmem_region *region)
+{
+    unsigned char page[PAGE] = { 0 };
+    int private_fd = privmem_region_private_fd(region);
+    int fd = memfd_create("elsewhere", MFD_CLOEXEC);
+
+    CHECK(fd >= 0 && ftruncate(fd, 2 * PAGE) == 0);
+    CHECK(convert(vm, 2 * PAGE, PAGE, true) == 0);
+    memset(page, 9, PAGE);
+    CHECK(pwrite(private_fd, page, PAGE, 2 * PAGE) == PAGE);
+    CHECK(privmem_vm_relocate(vm, 2 * PAGE, 1, fd, PAGE) == 0);
+    CHECK(agent->moved == 1);
+    CHECK(pread(fd, page, PAGE, PAGE) == PAGE && all_are(page, 9));
+    CHECK(pread(private_fd, page, PAGE, 2 * PAGE) == PAGE && all_are(page, 0));
+    agent->refused = 2 * PAGE;
+    CHECK(privmem_vm_relocate(vm, 2 * PAGE, 1, -1, 0) == -EACCES);
+    CHECK(pread(fd, page, PAGE, PAGE) == PAGE && all_are(page, 9));
+    agent->refused = 7 * PAGE;
+    CHECK(privmem_vm_relocate(vm, 2 * PAGE, 1, -1, 0) == 0);
+    CHECK(pread(private_fd, page, PAGE, 2 * PAGE) == PAGE && all_are(page, 9));
+    close(fd);
+}
+
+static void an_older_agent_moves_nothing(struct privmem_agent table)
+{
+    struct privmem_vm *vm = NULL;
+
+    table.size = offsetof(struct privmem_agent, relocate);
+    CHECK(privmem_vm_new_agent(-1, &table, &vm) == 0);
+    CHECK(privmem_vm_relocate(vm, 0, 1, -1, 0) == -EOPNOTSUPP);
+    CHECK(strstr(privmem_last_error(), "'ours'") != NULL);
+    privmem_vm_free(vm);
+    table.size--;
+    CHECK(privmem_vm_new_agent(-1, &table, &vm) == -EINVAL);
+}
+
 static void a_client_brings_its_own_agent(void)
 {
     static unsigned char source[2 * PAGE] __attribute__((aligned(4096)));
@@ -266,14 +323,13 @@ static void a_client_brings_its_own_agent(void)
         .before_convert = agent_before,
         .after_convert = agent_after,
         .invalidate = agent_invalidate,
+        .relocate = agent_relocate,
     };
     struct privmem_vm *vm = NULL;
     struct privmem_region *region = NULL;
 
     CHECK(privmem_vm_new_agent(-1, NULL, &vm) == -EINVAL);
-    table.size--;
-    CHECK(privmem_vm_new_agent(-1, &table, &vm) == -EINVAL);
-    table.size++;
+    an_older_agent_moves_nothing(table);
     CHECK(privmem_vm_new_agent(-2, &table, &vm) == -EINVAL);
     CHECK(privmem_vm_new_agent(-1, &table, &vm) == 0);
     CHECK(privmem_vm_set_tdx_vcpu(vm, 0) == -EINVAL);
@@ -303,6 +359,7 @@ static void a_client_brings_its_own_agent(void)
     CHECK(privmem_vm_populate(vm, 0, PAGE, source + PAGE,
                               PRIVMEM_PAGE_UNMEASURED) == 0);
     CHECK(agent.populated == 4);
+    an_agent_moves_pages(&agent, vm, region);
     CHECK(privmem_vm_finalize(vm) == 0 && agent.finalized == 1);
     CHECK(privmem_vm_finalize(vm) == -EPERM);
     CHECK(privmem_vm_populate(vm, 0, PAGE, source, PRIVMEM_PAGE_NORMAL) == -EPERM);
@@ -333,6 +390,43 @@ static void failed_conversions_are_kept(void)
     CHECK(failure.number == 2 && !failure.to_private);
     CHECK(privmem_vm_failed_conversion(vm, 2, &failure, size) == -ENOENT);
     privmem_vm_free(vm);
+}
+
+/* Contents move while they are mapped; nothing else may be where they go. */
+static void private_memory_moves(const struct privmem_vm *vm,
+                                 const struct privmem_region *region,
+                                 unsigned char *host)
+{
+    struct privmem_info info;
+    int fd = memfd_create("elsewhere", MFD_CLOEXEC);
+
+    CHECK(fd >= 0 && ftruncate(fd, 8 * PAGE) == 0);
+    CHECK(convert(vm, 0, 2 * PAGE, true) == 0);
+    memset(host, 5, 2 * PAGE);
+    CHECK(privmem_vm_relocate(vm, 0, 0, fd, 0) == -EINVAL);
+    CHECK(privmem_vm_relocate(vm, 0, 2, fd, 0) == -EINVAL);
+    CHECK(privmem_vm_relocate(vm, PAGE, 3, fd, 0) == -EINVAL);
+    CHECK(privmem_vm_relocate(vm, 0, 1, -2, 0) == -EINVAL);
+    CHECK(privmem_vm_relocate(vm, 0, 1, fd, 8 * PAGE) == -EINVAL);
+    CHECK(privmem_vm_relocate(vm, 2 * PAGE, 1, fd, 0) == -EINVAL);
+    if (privmem_vm_relocate(vm, 0, 1, fd, 7 * PAGE) != 0) {
+        /* A host may keep userfaultfd(2) from this process. */
+        CHECK(strstr(privmem_last_error(), "userfaultfd"));
+        printf("skipped: moving memory: %s\n", privmem_last_error());
+        close(fd);
+        return;
+    }
+    CHECK(privmem_vm_relocate(vm, PAGE, 1, fd, 7 * PAGE) == -EBUSY);
+    CHECK(all_are(host, 5) && all_are(host + PAGE, 5));
+    CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
+    CHECK(info.relocated == PAGE && info.swapped == 0);
+    info.relocated = 77;
+    CHECK(privmem_region_info(region, &info,
+                              offsetof(struct privmem_info, relocated)) == 0);
+    CHECK(info.relocated == 77);
+    CHECK(privmem_vm_relocate(vm, 0, 1, -1, 0) == 0);
+    CHECK(all_are(host, 5));
+    close(fd);
 }
 
 /* Options, memory taken beforehand, and a state that is saved and loaded. */
@@ -464,6 +558,7 @@ int main(void)
     bad_arguments_are_refused(vm, region);
     convert_in_threads(vm);
     listeners_are_told(vm, region);
+    private_memory_moves(vm, region, host);
     CHECK(convert(vm, 0, PAGES * PAGE, true) == 0);
     CHECK(privmem_region_reset(region) == 0);
     CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);

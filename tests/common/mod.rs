@@ -4,6 +4,7 @@
 
 #![allow(dead_code)] // every test file uses a part of it
 
+pub mod faulty;
 pub mod firmware;
 pub mod mapping;
 
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, Weak};
 use firmware::{Added, Firmware, Refusal};
 use kvm_bindings::kvm_sev_snp_launch_update;
 use privmem::agent::{Agent, CommandError, CommandResult, SnpFinish, SnpStart};
-use privmem::kernel::{Kernel, Linux, TdxInitMemRegion};
+use privmem::kernel::{Blocked, FileFacts, Kernel, Linux, TdxInitMemRegion};
 use privmem::{GRANULE, Listener, NumaPolicy, Range, Region, Side, Vm};
 
 /// Which calls of `set_memory_attributes`, `punch_hole` and `map_fixed` fail.
@@ -28,6 +29,17 @@ pub enum Fail {
     Once(usize, i32),
     /// The call with this number and all later ones.
     From(usize, i32),
+}
+
+impl Fail {
+    /// What becomes of the call with this number.
+    fn of(self, number: usize) -> io::Result<()> {
+        match self {
+            Fail::Once(at, errno) if number == at => Err(io::Error::from_raw_os_error(errno)),
+            Fail::From(at, errno) if number >= at => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
 }
 
 #[derive(Default, Clone, PartialEq, Debug)]
@@ -309,14 +321,9 @@ impl Model {
     }
 
     fn call(&self) -> io::Result<()> {
-        let mut fail = self.fail.lock().unwrap();
-        let number = fail.1;
-        fail.1 += 1;
-        match fail.0 {
-            Fail::Once(at, errno) if number == at => Err(io::Error::from_raw_os_error(errno)),
-            Fail::From(at, errno) if number >= at => Err(io::Error::from_raw_os_error(errno)),
-            _ => Ok(()),
-        }
+        let (fail, number) = &mut *self.fail.lock().unwrap();
+        *number += 1;
+        fail.of(*number - 1)
     }
 }
 
@@ -490,5 +497,27 @@ impl Kernel for Model {
 
     unsafe fn map_fixed(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<()> {
         self.call()
+    }
+
+    // KVM moves nothing: a VM of this model asks for none of it.
+
+    unsafe fn write_protect(&self, _: usize, _: u64) -> io::Result<Blocked> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    unsafe fn map_blocked(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<Blocked> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn file(&self, _: BorrowedFd) -> io::Result<FileFacts> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn sync(&self, _: BorrowedFd) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
+    }
+
+    fn evict(&self, _: BorrowedFd, _: Range) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOSYS))
     }
 }

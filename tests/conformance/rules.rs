@@ -3,11 +3,13 @@
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use privmem::Side::{Private, Shared};
-use privmem::{Error, GRANULE, Listener, Options};
+use privmem::kernel::{Kernel, Linux};
+use privmem::{Destination, Error, GRANULE, Level, Listener, Options};
 
 use crate::common::{convert, granules};
 use crate::machine::{Guest, assert_if_known, picture};
@@ -302,6 +304,69 @@ pub fn a_saved_state_is_loaded_with_contents_or_not_at_all(guest: &mut Guest) {
     guest.assert_zero(4..5);
     guest.assert_filled(5..8, 1);
     guest.assert_zero(8..20);
+}
+
+/// Who can move private contents leaves the guest nothing to see of it; who
+/// cannot says why, and leaves everything.
+pub fn private_memory_moves_or_all_is_as_it_was(guest: &mut Guest) {
+    let ram = guest.ram(16);
+    guest.convert(4..12, Private).unwrap();
+    guest.fill(0..16, 1);
+    let before = ram.info();
+    let fd = Linux.create_memfd(c"elsewhere", 8 * GRANULE, None).unwrap();
+    let place = |granule| Destination::File {
+        fd: fd.as_fd(),
+        offset: (granule - 4) * GRANULE,
+    };
+    let vm = guest.vm().clone();
+    let relocate = |granule, to| vm.relocate(granule * GRANULE, Level::Size4K, to);
+    let moved = (4..10).try_for_each(|granule| relocate(granule, place(granule)));
+    guest.assert_filled(0..16, 1);
+    assert_eq!(picture(&ram), "....########....");
+    match moved {
+        Ok(()) => {}
+        Err(error) if error.to_string().contains("userfaultfd") => {
+            println!("skipped: {error}");
+            return;
+        }
+        Err(error) => {
+            assert_eq!(error.errno(), libc::EOPNOTSUPP, "{error}");
+            assert!(error.to_string().starts_with("trust agent"), "{error}");
+            assert_eq!(ram.info(), before);
+            return;
+        }
+    }
+    let assert_held = |elsewhere: u64, private: u64| {
+        let info = ram.info();
+        assert_eq!((info.relocated, info.swapped), (elsewhere * GRANULE, 0));
+        assert_if_known(info.private_held, private * GRANULE);
+        assert_if_known(info.held_twice, 0);
+        assert_eq!(Linux.blocks(fd.as_fd()).unwrap(), elsewhere * GRANULE);
+    };
+    assert_held(6, 8);
+    guest.fill(4..8, 2);
+    guest.assert_filled(4..8, 2);
+    // Whatever ends private contents frees their place.
+    guest.convert(5..6, Shared).unwrap();
+    assert_held(5, 7);
+    guest.assert_zero(5..6);
+    guest.convert(5..6, Private).unwrap();
+    guest.assert_zero(5..6);
+    relocate(4, Destination::Home).unwrap();
+    relocate(4, Destination::Home).unwrap();
+    guest.assert_filled(4..5, 2);
+    guest.assert_filled(6..8, 2);
+    assert_held(4, 8);
+    guest.expect_discards();
+    ram.discard(6 * GRANULE, GRANULE).unwrap();
+    assert_held(3, 7);
+    guest.assert_zero(6..7);
+    guest.assert_filled(7..8, 2);
+    guest.assert_filled(8..12, 1);
+    ram.reset().unwrap();
+    assert_held(0, 0);
+    guest.assert_filled(0..4, 1);
+    guest.assert_zero(4..12);
 }
 
 /// A downstream mapper that keeps what it is told, in granules.

@@ -382,15 +382,70 @@ bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp)
 
 /* QMP and HMP */
 
-void qmp_x_private_memory_convert(uint64_t address, uint64_t size,
-                                  bool private, Error **errp)
+static bool check_vm(Error **errp)
 {
     if (!privmem_vm) {
         error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE
                    " in this VM; add one with -object");
+    }
+    return privmem_vm;
+}
+
+void qmp_x_private_memory_convert(uint64_t address, uint64_t size,
+                                  bool private, Error **errp)
+{
+    if (check_vm(errp)) {
+        private_memory_convert(address, size, private, errp);
+    }
+}
+
+/* The library's level of that size, 0 for none. */
+static uint32_t level_of(uint64_t size)
+{
+    switch (size) {
+    case 4 * KiB:
+        return 1;
+    case 2 * MiB:
+        return 2;
+    case 1 * GiB:
+        return 3;
+    default:
+        return 0;
+    }
+}
+
+void qmp_x_private_memory_relocate(uint64_t address, uint64_t size,
+                                   const char *filename, bool has_offset,
+                                   uint64_t offset, Error **errp)
+{
+    uint32_t level = level_of(size);
+    int fd = -1;
+
+    if (!check_vm(errp)) {
         return;
     }
-    private_memory_convert(address, size, private, errp);
+    if (!level) {
+        error_setg(errp, "'size' is 0x%" PRIx64 ": it must be 4 KiB, 2 MiB or "
+                   "1 GiB", size);
+        return;
+    }
+    if (has_offset && !filename) {
+        error_setg(errp, "'offset' means nothing without 'filename'");
+        return;
+    }
+    if (filename) {
+        fd = qemu_open(filename, O_RDWR, errp);
+        if (fd < 0) {
+            return;
+        }
+    }
+    if (privmem_vm_relocate(privmem_vm, address, level, fd,
+                            has_offset ? offset : 0)) {
+        error_setg(errp, "%s", privmem_last_error());
+    }
+    if (fd >= 0) {
+        qemu_close(fd);
+    }
 }
 
 static PrivateMemorySlotList *query_slots(struct privmem_region *region)
@@ -432,6 +487,8 @@ static PrivateMemoryInfo *query_region(Object *obj,
     info->shared_held = now.shared_held;
     info->has_held_twice = now.held_twice != PRIVMEM_UNKNOWN;
     info->held_twice = now.held_twice;
+    info->relocated = now.relocated;
+    info->swapped = now.swapped;
     info->conversions = now.conversions;
     info->failed_conversions = now.failed_conversions;
     info->private_fd = privmem_region_private_fd(region);
@@ -584,6 +641,10 @@ static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
                     info->shared_held);
         print_bytes(mon, "held twice", info->has_held_twice,
                     info->held_twice);
+        if (info->relocated) {
+            print_bytes(mon, "relocated", true, info->relocated);
+            print_bytes(mon, "of that swapped", true, info->swapped);
+        }
         monitor_printf(mon, "  %-18s %" PRIu64 " done, %" PRIu64 " failed\n",
                        "conversions", info->conversions,
                        info->failed_conversions);

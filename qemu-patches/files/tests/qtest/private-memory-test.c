@@ -17,8 +17,9 @@
 
 /*
  * Stands in for the firmware, which these tests do not need: QEMU wants some
- * file. Real-mode code that calls, forever, a routine at 0x8000 that counts at
- * 0x500; it also puts a routine that counts at 0x504 at 0x9000.
+ * file. Real-mode code that, forever, counts at 0x1500 and calls a routine at
+ * 0x8000 that counts at 0x500; it also puts a routine that counts at 0x504 at
+ * 0x9000.
  */
 static const uint8_t firmware[] = {
     0xfa,                               /* cli */
@@ -34,8 +35,9 @@ static const uint8_t firmware[] = {
     0xc7, 0x06, 0x00, 0x90, 0xff, 0x06, /* 0x9000: inc word [0x504] */
     0xc7, 0x06, 0x02, 0x90, 0x04, 0x05,
     0xc6, 0x06, 0x04, 0x90, 0xcb,       /*         retf */
-    0x9a, 0x00, 0x80, 0x00, 0x00,       /* again: call 0:0x8000 */
-    0xeb, 0xf9,                         /* jmp again */
+    0xff, 0x06, 0x00, 0x15,             /* again: inc word [0x1500] */
+    0x9a, 0x00, 0x80, 0x00, 0x00,       /* call 0:0x8000 */
+    0xeb, 0xf5,                         /* jmp again */
 };
 static const uint8_t reset_vector[] = { 0xea, 0x00, 0x00, 0x00, 0xf0 };
 
@@ -507,6 +509,79 @@ static void test_numa(void)
                  "or nothing at all", NULL);
     assert_figure(qts, "b", "private", PAGE);
     qtest_quit(qts);
+}
+
+static QDict *relocate(QTestState *qts, uint64_t address, uint64_t size,
+                       const char *more)
+{
+    g_autofree char *command = g_strdup_printf(
+        "{ 'execute': 'x-private-memory-relocate', 'arguments': "
+        "{ 'address': %" PRIu64 ", 'size': %" PRIu64 " %s } }",
+        address, size, more);
+
+    return qtest_qmp(qts, command);
+}
+
+static void test_relocate(void)
+{
+    g_autofree char *filename = NULL, *file = NULL, *beyond = NULL;
+    int fd = g_file_open_tmp("private-memory-test-XXXXXX", &filename, NULL);
+    QTestState *qts = start();
+    QDict *response;
+    char *text;
+
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(ftruncate(fd, 4 * MiB), ==, 0);
+    file = g_strdup_printf(", 'filename': '%s', 'offset': 4096", filename);
+    beyond = g_strdup_printf(", 'filename': '%s', 'offset': 4194304",
+                             filename);
+
+    assert_error(relocate(qts, 4 * MiB, PAGE, ""), "0x400000", "shared", NULL);
+    convert_ok(qts, 4 * MiB, 4 * MiB, true);
+    qtest_memset(qts, 4 * MiB, 0x21, 4 * MiB);
+    assert_error(relocate(qts, 4 * MiB, 3 * PAGE, ""), "4 KiB, 2 MiB or 1 GiB",
+                 NULL);
+    assert_error(relocate(qts, 4 * MiB + PAGE, 2 * MiB, file), "multiple",
+                 NULL);
+    assert_error(relocate(qts, 4 * MiB, PAGE, ", 'offset': 0"), "'filename'",
+                 NULL);
+    assert_error(relocate(qts, 4 * MiB, PAGE, ", 'filename': '/nowhere/f'"),
+                 "/nowhere/f", NULL);
+    assert_error(relocate(qts, 4 * MiB, PAGE, beyond), "beyond the file",
+                 NULL);
+
+    response = relocate(qts, 4 * MiB, 2 * MiB, file);
+    if (qdict_haskey(response, "error")) {
+        /* A host may keep userfaultfd(2) from QEMU. */
+        assert_error(response, "userfaultfd", NULL);
+        g_test_skip("this host lets no memory move");
+    } else {
+        qobject_unref(response);
+        assert_figure(qts, "ram0", "relocated", 2 * MiB);
+        text = qtest_hmp(qts, "info private-memory");
+        g_assert_nonnull(strstr(text, "relocated          2 MiB"));
+        g_free(text);
+        assert_page(qts, 4 * MiB, 0x21);
+        qtest_memset(qts, 6 * MiB - PAGE, 0x43, PAGE);
+        assert_error(relocate(qts, 6 * MiB, PAGE, file), "already", NULL);
+        convert_ok(qts, 4 * MiB, PAGE, false);
+        assert_page(qts, 4 * MiB, 0);
+        assert_figure(qts, "ram0", "relocated", 2 * MiB - PAGE);
+
+        response = relocate(qts, 6 * MiB - PAGE, PAGE, "");
+        g_assert_true(qdict_haskey(response, "return"));
+        qobject_unref(response);
+        assert_page(qts, 6 * MiB - PAGE, 0x43);
+        assert_page(qts, 6 * MiB - 2 * PAGE, 0x21);
+        assert_figure(qts, "ram0", "relocated", 2 * MiB - 2 * PAGE);
+        qtest_qmp_assert_success(qts, "{ 'execute': 'system_reset' }");
+        qtest_qmp_eventwait(qts, "RESET");
+        assert_figure(qts, "ram0", "relocated", 0);
+        assert_page(qts, 6 * MiB - PAGE, 0);
+    }
+    qtest_quit(qts);
+    close(fd);
+    unlink(filename);
 }
 
 static void test_reset(void)
@@ -1035,6 +1110,57 @@ static void test_translated_code(void)
     qtest_quit(qts);
 }
 
+/* How far the two counters are apart; the VM is stopped. */
+static uint16_t apart(QTestState *qts)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': 'stop' }");
+    return qtest_readw(qts, 0x1500) - qtest_readw(qts, 0x500);
+}
+
+/* One counter moves while the guest counts there, and loses nothing. */
+static void test_relocate_while_running(void)
+{
+    g_autofree char *filename = NULL, *file = NULL;
+    uint16_t before, change;
+    QTestState *qts;
+    QDict *response;
+    int fd;
+
+    if (!qtest_has_accel("tcg")) {
+        g_test_skip("this QEMU has no TCG");
+        return;
+    }
+    fd = g_file_open_tmp("private-memory-test-XXXXXX", &filename, NULL);
+    g_assert_cmpint(fd, >=, 0);
+    g_assert_cmpint(ftruncate(fd, PAGE), ==, 0);
+    file = g_strdup_printf(", 'filename': '%s'", filename);
+    qts = start_with("-accel tcg -machine memory-backend=ram0 -object "
+                     "memory-backend-private,id=ram0,size=64M,emulate=on");
+    wait_for_change(qts, 0x500, 0);
+    convert_ok(qts, 0, PAGE, true);
+    wait_for_change(qts, 0x500, 0);
+    before = apart(qts);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'cont' }");
+    for (int i = 0; i < 100; i++) {
+        response = relocate(qts, 0, PAGE, i % 2 ? "" : file);
+        if (!i && qdict_haskey(response, "error")) {
+            /* A host may keep userfaultfd(2) from QEMU. */
+            assert_error(response, "userfaultfd", NULL);
+            g_test_skip("this host lets no memory move");
+            break;
+        }
+        g_assert_true(qdict_haskey(response, "return"));
+        qobject_unref(response);
+        wait_for_change(qts, 0x500, qtest_readw(qts, 0x500));
+    }
+    /* A round that had begun may have counted at one of them only. */
+    change = apart(qts) - before;
+    g_assert_cmpint((uint16_t)(change + 1), <=, 2);
+    qtest_quit(qts);
+    close(fd);
+    unlink(filename);
+}
+
 int main(int argc, char **argv)
 {
     int ret;
@@ -1051,6 +1177,9 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/object-add-del", test_object_add_del);
     qtest_add_func("/private-memory/fd-limit", test_fd_limit);
     qtest_add_func("/private-memory/numa", test_numa);
+    qtest_add_func("/private-memory/relocate", test_relocate);
+    qtest_add_func("/private-memory/relocate-while-running",
+                   test_relocate_while_running);
     qtest_add_func("/private-memory/reset", test_reset);
     qtest_add_func("/private-memory/hmp", test_hmp);
     qtest_add_func("/private-memory/migration", test_migration);
