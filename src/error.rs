@@ -39,6 +39,9 @@ pub enum Error {
     #[error("the region has no binding number {index}")]
     NoSuchBinding { index: usize },
 
+    #[error("the region remembers no failure number {index}")]
+    NoSuchFailure { index: usize },
+
     #[error("the listener is registered already")]
     AlreadyListening,
 
@@ -92,6 +95,17 @@ pub enum Error {
          the host's kernel log may say why"
     )]
     HopelessFault { gpa: u64 },
+
+    /// A page that the host lost is still where it was.
+    #[error(
+        "the page at {page} of region '{name}' has failed, and cannot be retired: {cause}; it is not \
+         used again, and the guest must not run on"
+    )]
+    NotRetired {
+        page: Range,
+        name: String,
+        cause: Box<Error>,
+    },
 
     /// The VM cannot have private memory; says what there is and what is missing.
     #[error("this VM has no private memory: {0}")]
@@ -162,9 +176,10 @@ impl Error {
             | Error::OutsideRegion(..)
             | Error::NotPrivateCapable { .. } => libc::EINVAL,
             Error::AlreadyBound { .. } | Error::AlreadyListening => libc::EEXIST,
-            Error::NotBound(_) | Error::NoSuchBinding { .. } | Error::NoSuchListener => {
-                libc::ENOENT
-            }
+            Error::NotBound(_)
+            | Error::NoSuchBinding { .. }
+            | Error::NoSuchFailure { .. }
+            | Error::NoSuchListener => libc::ENOENT,
             Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
             Error::NoPrivateMemory(_) | Error::HostPageSize(_) | Error::CannotLoad(_) => {
                 libc::EOPNOTSUPP
@@ -177,7 +192,7 @@ impl Error {
             | Error::Command { source, .. }
             | Error::Agent { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::HopelessFault { .. } => libc::EFAULT,
-            Error::Undone { cause, .. } => cause.errno(),
+            Error::Undone { cause, .. } | Error::NotRetired { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,
         }
     }

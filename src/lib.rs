@@ -18,6 +18,7 @@
 //! | `memory` | what a region's stores hold: taken beforehand, kept, given back, moved |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `convert` | the conversion path, its order and its undo |
+//! | [`failure`] | pages that the host has lost: retired, recorded, told |
 //! | [`ffi`] | the C interface, `include/privmem.h` |
 //!
 //! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
@@ -28,6 +29,7 @@
 pub mod agent;
 mod convert;
 pub mod error;
+pub mod failure;
 pub mod ffi;
 pub mod kernel;
 pub mod listener;
