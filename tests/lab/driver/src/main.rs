@@ -12,6 +12,7 @@
 mod access;
 mod conformance;
 mod demo;
+mod failure;
 mod host;
 mod machine;
 mod properties;
