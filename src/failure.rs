@@ -112,8 +112,10 @@ impl Region {
 
     /// What goes with the page.
     fn lost(&self, bindings: &Bindings, side: Side, page: Range) -> Failure {
-        let mut parts = self.parts(side, page);
-        let is_there = parts.any(|part| part.store.held(part.file) != Some(0));
+        // What lies on a disk may not be in memory at the moment.
+        let is_there = self
+            .parts(side, page)
+            .any(|part| !part.is_in_memory() || part.store.held(part.file) != Some(0));
         let mut failure = Failure {
             side,
             page,
@@ -146,20 +148,21 @@ impl Region {
         replaced
     }
 
-    /// Lets the VMM's mapping forget that `page` failed, and frees it. (The
-    /// kernel leaves a mark in mappings, which outlives the page: `HWPOISON`
-    /// entries in `zap_nonpresent_ptes()`, mm/memory.c. Whoever touches the page
-    /// in between still finds it failed, without such a mark.)
+    /// Lets the VMM's mapping forget that `page` failed, and frees it, wherever it
+    /// lies. (The kernel leaves a mark in mappings, which outlives the page:
+    /// `HWPOISON` entries in `zap_nonpresent_ptes()`, mm/memory.c. Whoever touches
+    /// the page in between still finds it failed, without such a mark.)
     fn give_up(&self, side: Side, page: Range) -> Result<()> {
-        let store = self.store(side);
-        let is_mapped = side == Side::Shared || self.vm.is_open();
-        let forgotten = match self.host_mapping().filter(|_| is_mapped) {
-            // SAFETY: `set_host_mapping` promised a mapping of the whole region.
-            Some(host) => unsafe { store.unmap(host, page) },
-            None => Ok(()),
+        let freed = || {
+            if side == Side::Shared || self.vm.is_open() {
+                self.vm.unmap(self, page)?;
+            }
+            if side == Side::Private {
+                self.send_home(page)?;
+            }
+            self.free(side, page)
         };
-        let given_up = forgotten.and_then(|()| self.free(side, page));
-        given_up.map_err(|cause| Error::NotRetired {
+        freed().map_err(|cause| Error::NotRetired {
             page,
             name: self.name.clone(),
             cause: Box::new(cause),

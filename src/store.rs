@@ -121,17 +121,6 @@ impl Store {
             .map_err(|e| Error::kernel("fallocate(PUNCH_HOLE)", e))
     }
 
-    /// Lets a mapping of this store at `host` look its pages up anew.
-    ///
-    /// # Safety
-    /// All of the store is mapped at `host`, by who lets it be replaced.
-    pub(crate) unsafe fn unmap(&self, host: usize, offsets: Range) -> Result<()> {
-        let at = host + offsets.start() as usize;
-        // SAFETY: within the mapping.
-        retry(|| unsafe { self.kernel.zap(at, offsets.len() as usize) })
-            .map_err(|e| Error::kernel("madvise(DONTNEED)", e))
-    }
-
     /// Takes the pages of `offsets` that are not there yet, on the nodes that
     /// `policy` says.
     ///

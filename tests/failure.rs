@@ -3,7 +3,10 @@
 
 mod common;
 
+use std::fs::File;
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -12,8 +15,8 @@ use Side::{Private, Shared};
 use common::{Fail, Mapper, Model, granules, stand_in_fd};
 use privmem::agent::{Agent, InitialPages};
 use privmem::failure::{Failure, REMEMBERED};
-use privmem::kernel::Kernel;
-use privmem::{Error, GRANULE, Options, Range, Region, Side, Vm};
+use privmem::kernel::{Kernel, Linux};
+use privmem::{Destination, Error, GRANULE, Level, Options, Range, Region, Side, Vm};
 
 const GRANULES: u64 = 16;
 const HUGE: u64 = 8;
@@ -347,6 +350,41 @@ fn what_is_not_there_cannot_fail() {
         .unwrap();
     assert_eq!((failure.lost, failure.gpa), (GRANULE, None));
     assert!(setup.agent.0.lock().unwrap().is_empty());
+}
+
+/// Contents that were moved lie elsewhere, and fail there.
+#[test]
+fn a_page_that_was_moved_is_retired_where_it_lies() {
+    let vm = Vm::emulated().unwrap();
+    let region = Region::new(&vm, "ram0", GRANULES * GRANULE).unwrap();
+    vm.bind(&region, 0, 0, GRANULES * GRANULE).unwrap();
+    vm.convert(2 * GRANULE, 3 * GRANULE, Private).unwrap();
+    let elsewhere = Linux.create_memfd(c"elsewhere", 2 * GRANULE, None);
+    let elsewhere = File::from(elsewhere.unwrap());
+    let home = region.store(Private).fd().try_clone_to_owned().unwrap();
+    let home = File::from(home);
+    home.write_all_at(&[7; 3 * GRANULE as usize], 2 * GRANULE)
+        .unwrap();
+    let to = Destination::File {
+        fd: elsewhere.as_fd(),
+        offset: GRANULE,
+    };
+    vm.relocate(3 * GRANULE, Level::Size4K, to).unwrap();
+    assert_eq!(region.info().relocated, GRANULE);
+
+    let failure = vm.memory_failure(3 * GRANULE, Private, true).unwrap();
+    assert_eq!((failure.page, failure.lost), (page(3, 1), GRANULE));
+    assert_eq!(region.info().relocated, 0);
+    let first = |file: &File, granule| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, granule * GRANULE).unwrap();
+        byte[0]
+    };
+    assert_eq!(first(&elsewhere, 1), 0);
+    assert_eq!([2, 3, 4].map(|granule| first(&home, granule)), [7, 0, 7]);
+    // Its place is free for others.
+    vm.relocate(4 * GRANULE, Level::Size4K, to).unwrap();
+    assert_eq!(first(&elsewhere, 1), 7);
 }
 
 #[test]

@@ -633,27 +633,6 @@ fn a_conversion_of_moved_memory_that_fails_is_undone() {
 }
 
 #[test]
-fn what_fails_elsewhere_is_retired_there() {
-    let Some(setup) = private_setup(4) else {
-        return;
-    };
-    let fd = memfd(4);
-    (0..4).for_each(|granule| setup.write(granule, 1 + granule));
-    setup.relocate(2, place(&fd, 3)).unwrap();
-    let failed = setup.vm.memory_failure(2 * GRANULE, Side::Private, true);
-    let failed = failed.unwrap();
-    assert_eq!((failed.lost, failed.gpa), (GRANULE, Some(2 * GRANULE)));
-    assert_eq!(held(&fd), 0);
-    assert_eq!(
-        [0, 1, 2, 3].map(|granule| setup.read(granule)),
-        [1, 2, 0, 4]
-    );
-    // What comes in its place lies there, too.
-    setup.write(2, 5);
-    assert_eq!(held(&fd), GRANULE);
-}
-
-#[test]
 fn a_machine_is_loaded_with_what_was_moved() {
     let Some(setup) = private_setup(16) else {
         return;

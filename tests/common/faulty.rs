@@ -126,16 +126,16 @@ impl Kernel for Faulty {
         unsafe { Linux.snp_launch_finish(vm, sev, finish) }
     }
 
-    unsafe fn zap(&self, host: usize, len: usize) -> io::Result<()> {
-        self.call("zap")?;
-        // SAFETY: as above.
-        unsafe { Linux.zap(host, len) }
-    }
-
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
         self.call("map_fixed")?;
         // SAFETY: as above.
         unsafe { Linux.map_fixed(host, fd, offsets) }
+    }
+
+    unsafe fn zap(&self, host: usize, len: usize) -> io::Result<()> {
+        self.call("zap")?;
+        // SAFETY: as above.
+        unsafe { Linux.zap(host, len) }
     }
 
     unsafe fn write_protect(&self, host: usize, len: u64) -> io::Result<Blocked> {
