@@ -148,6 +148,11 @@ struct privmem_agent {
                   uint64_t from_offset,
                   int to_fd,
                   uint64_t to_offset);
+  /**
+   * Whether the guest says by its access which side it means (TDX's shared
+   * bit, SEV's C-bit): see `privmem_vm_memory_fault`.
+   */
+  bool chooses_side;
 };
 
 /**
@@ -583,23 +588,29 @@ int privmem_vm_convert(const struct privmem_vm *vm,
                        uint64_t *done);
 
 /**
- * Answers KVM_EXIT_MEMORY_FAULT for `size` bytes at guest-physical `gpa`: 0
- * if the vCPU may run on and try again.
+ * Answers KVM_EXIT_MEMORY_FAULT with EFAULT for `size` bytes at guest-physical
+ * `gpa`, which the vCPU touched as private if `is_private`
+ * (KVM_MEMORY_EXIT_FLAG_PRIVATE): 0 if it may run on and try again.
  *
- * A software-protected guest does not choose a side by its access: the fault
- * met a conversion, or the end of a binding, half-way, and asks for none. May
- * sleep.
+ * Where the guest chooses a side by its access, as those of TDX and SEV-SNP,
+ * the memory is converted to that side, as by `privmem_vm_convert`. A
+ * software-protected guest does not: the fault met a conversion, or the end of
+ * a binding, half-way, and asks for none. May sleep.
  *
  * To be called on the vCPU's own thread, as it counts how often the same
  * fault comes back.
  *
- * Errors: -EINVAL for a range that is unaligned, empty or wraps; -EFAULT where
- * trying again does not help; what KVM_SET_MEMORY_ATTRIBUTES returned.
+ * Errors: -EINVAL for a range that is unaligned, empty or wraps, or that
+ * cannot be private; -EFAULT where trying again does not help; those of a
+ * conversion; what KVM_SET_MEMORY_ATTRIBUTES returned.
  *
  * # Safety
  * `vm` is NULL or a live handle.
  */
-int privmem_vm_memory_fault(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
+int privmem_vm_memory_fault(const struct privmem_vm *vm,
+                            uint64_t gpa,
+                            uint64_t size,
+                            bool is_private);
 
 /**
  * Moves private contents to another place while the guest runs; it sees the

@@ -226,10 +226,14 @@ impl Vm {
         Ok(())
     }
 
-    /// Answers `KVM_EXIT_MEMORY_FAULT`: a vCPU touched `size` bytes at `gpa`
-    /// as private, or as shared, and KVM has them on the other side. `Ok`
+    /// Answers `KVM_EXIT_MEMORY_FAULT` with EFAULT: a vCPU touched `size` bytes
+    /// at `gpa` on side `touched`, and KVM has them on the other one. `Ok`
     /// means that the vCPU may run on and touch them again. To be called on
     /// the vCPU's own thread.
+    ///
+    /// A guest that chooses a side by its access ([`Agent::chooses_side`]) asks
+    /// so for a conversion, and gets it, as far as one step goes; to become
+    /// private all of it must be bound. Source: api.rst, KVM_EXIT_MEMORY_FAULT.
     ///
     /// A software-protected guest does not say which side it means: KVM looks
     /// that up when the fault begins, and exits if it has changed before the
@@ -240,7 +244,9 @@ impl Vm {
     /// Memory that is not bound has no private side: it is made shared, in
     /// case the end of a binding could not do so. KVM has other reasons for
     /// such an exit, which no retry removes, so that patience has an end.
-    pub fn memory_fault(&self, gpa: u64, size: u64) -> Result<()> {
+    ///
+    /// [`Agent::chooses_side`]: crate::agent::Agent::chooses_side
+    pub fn memory_fault(&self, gpa: u64, size: u64, touched: Side) -> Result<()> {
         thread_local! {
             static LAST: Cell<(u64, u64, u32)> = const { Cell::new((0, 0, 0)) };
         }
@@ -254,11 +260,24 @@ impl Vm {
         if times > HOPELESS_FAULTS {
             return Err(Error::HopelessFault { gpa });
         }
+        if self.agent.chooses_side() && self.is_request(fault, touched) {
+            return self.convert(gpa, size, touched).map(drop);
+        }
         let bindings = self.bindings();
         match resolve(&bindings, fault).is_empty() {
             true => self.set_attributes(fault, Side::Shared),
             false => Ok(()),
         }
+    }
+
+    /// Whether a fault asks for anything that is not so already. (Another vCPU
+    /// may have got it first; and a fault that comes back although nothing is
+    /// left to convert must not look like progress.)
+    fn is_request(&self, fault: Range, touched: Side) -> bool {
+        let bindings = self.bindings();
+        let segments = resolve(&bindings, fault);
+        changes(&segments, touched).next().is_some()
+            || check_covered(&segments, fault, touched).is_err()
     }
 }
 

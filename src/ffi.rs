@@ -115,6 +115,9 @@ pub struct privmem_agent {
             to_offset: u64,
         ) -> c_int,
     >,
+    /// Whether the guest says by its access which side it means (TDX's shared
+    /// bit, SEV's C-bit): see `privmem_vm_memory_fault`.
+    pub chooses_side: bool,
 }
 
 /// A [`privmem_agent`] whose name is ours.
@@ -232,6 +235,10 @@ impl Agent for CAgent {
         let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
         // SAFETY: the agent outlives its VM, and both fds this call.
         self.result(unsafe { relocate(opaque, gpa.start(), gpa.len(), from, from_at, to, to_at) })
+    }
+
+    fn chooses_side(&self) -> bool {
+        self.table.chooses_side
     }
 }
 
@@ -905,18 +912,21 @@ pub unsafe extern "C" fn privmem_vm_convert(
     })
 }
 
-/// Answers KVM_EXIT_MEMORY_FAULT for `size` bytes at guest-physical `gpa`: 0
-/// if the vCPU may run on and try again.
+/// Answers KVM_EXIT_MEMORY_FAULT with EFAULT for `size` bytes at guest-physical
+/// `gpa`, which the vCPU touched as private if `is_private`
+/// (KVM_MEMORY_EXIT_FLAG_PRIVATE): 0 if it may run on and try again.
 ///
-/// A software-protected guest does not choose a side by its access: the fault
-/// met a conversion, or the end of a binding, half-way, and asks for none. May
-/// sleep.
+/// Where the guest chooses a side by its access, as those of TDX and SEV-SNP,
+/// the memory is converted to that side, as by `privmem_vm_convert`. A
+/// software-protected guest does not: the fault met a conversion, or the end of
+/// a binding, half-way, and asks for none. May sleep.
 ///
 /// To be called on the vCPU's own thread, as it counts how often the same
 /// fault comes back.
 ///
-/// Errors: -EINVAL for a range that is unaligned, empty or wraps; -EFAULT where
-/// trying again does not help; what KVM_SET_MEMORY_ATTRIBUTES returned.
+/// Errors: -EINVAL for a range that is unaligned, empty or wraps, or that
+/// cannot be private; -EFAULT where trying again does not help; those of a
+/// conversion; what KVM_SET_MEMORY_ATTRIBUTES returned.
 ///
 /// # Safety
 /// `vm` is NULL or a live handle.
@@ -925,9 +935,13 @@ pub unsafe extern "C" fn privmem_vm_memory_fault(
     vm: *const privmem_vm,
     gpa: u64,
     size: u64,
+    is_private: bool,
 ) -> c_int {
-    // SAFETY: a live handle or NULL, by contract.
-    guard(|| unsafe { borrow(vm, "vm") }?.0.memory_fault(gpa, size))
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        vm.0.memory_fault(gpa, size, side(is_private))
+    })
 }
 
 /// Moves private contents to another place while the guest runs; it sees the

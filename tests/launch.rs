@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use Side::{Private, Shared};
 use common::firmware::{Added, BAD_CPUID, Firmware, GOOD_CPUID, SnpFirmware, TdxModule};
-use common::{Model, stand_in_fd};
+use common::{Fail, Model, stand_in_fd};
 use privmem::agent::{Agent, InitialPages, PageType, Snp, SnpStart, Tdx};
 use privmem::kernel::Kernel;
 use privmem::{Error, GRANULE, Options, Range, Region, Side, Vm};
@@ -95,6 +95,46 @@ fn added(first: u64, contents: &[u8], page_type: u8) -> Vec<Added> {
             contents,
         })
         .collect()
+}
+
+/// Their guests say by their access which side they mean.
+#[test]
+fn a_memory_fault_is_a_request_to_convert() {
+    for launch in Launch::both() {
+        let fault = |gpa: u64, touched| launch.vm.memory_fault(gpa * GRANULE, GRANULE, touched);
+        fault(2, Shared).unwrap();
+        fault(5, Shared).unwrap();
+        fault(5, Private).unwrap();
+        let shared = [2];
+        let private: Vec<_> = (0..GRANULES).filter(|gfn| !shared.contains(gfn)).collect();
+        assert_eq!(launch.private(), private);
+        assert_eq!(launch.region.info().conversions, 3);
+        // What cannot be had is an error, and changes nothing.
+        launch.kernel.set_fail(Fail::From(0, libc::ENOMEM));
+        assert_eq!(fault(2, Private).unwrap_err().errno(), libc::ENOMEM);
+        launch.kernel.set_fail(Fail::Never);
+        assert_eq!(launch.private(), private);
+        // MMIO is shared already, and cannot be private.
+        fault(GRANULES, Shared).unwrap();
+        let error = fault(GRANULES, Private).unwrap_err();
+        assert!(matches!(error, Error::NotPrivateCapable { .. }), "{error}");
+        launch.kernel.assert_rules();
+    }
+}
+
+/// Where nothing is left to convert, trying again has an end.
+#[test]
+fn a_fault_that_no_conversion_ends_is_given_up() {
+    for launch in Launch::both() {
+        let fault = |touched| launch.vm.memory_fault(GRANULE, GRANULE, touched);
+        fault(Shared).unwrap();
+        let times = (0..10_000).take_while(|_| fault(Shared).is_ok()).count();
+        assert_eq!(times, 1000);
+        assert!(matches!(fault(Shared), Err(Error::HopelessFault { .. })));
+        assert_eq!(launch.region.info().conversions, 1);
+        launch.vm.convert(0, GRANULE, Shared).unwrap();
+        fault(Private).unwrap();
+    }
 }
 
 #[test]

@@ -49,7 +49,7 @@ fn a_host_mapping_comes_once_and_before_private_memory() {
 #[test]
 fn a_fault_that_is_given_up_is_a_bad_address() {
     let (_, vm, _region) = vm_with_region(4);
-    let error = (0..10_000).find_map(|_| vm.memory_fault(0, GRANULE).err());
+    let error = (0..10_000).find_map(|_| vm.memory_fault(0, GRANULE, Side::Shared).err());
     assert_eq!(error.unwrap().errno(), libc::EFAULT);
 }
 
@@ -71,7 +71,8 @@ fn a_region_that_goes_takes_only_its_own_bindings_along() {
         assert_eq!(left.contains(&6), refused);
         // What could not be made shared is so after the first fault.
         kernel.set_fail(Fail::Never);
-        vm.memory_fault(6 * GRANULE, 2 * GRANULE).unwrap();
+        vm.memory_fault(6 * GRANULE, 2 * GRANULE, Side::Private)
+            .unwrap();
         assert_eq!(kernel.pages().private, [8, 9].into());
     }
 }

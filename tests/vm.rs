@@ -54,16 +54,21 @@ fn a_memory_fault_is_no_request_to_convert() {
     let (kernel, vm, region) = vm_with_region(8);
     vm.convert(2 * GRANULE, GRANULE, Side::Private).unwrap();
     for granule in 0..8 {
-        vm.memory_fault(granule * GRANULE, GRANULE).unwrap();
+        for touched in [Side::Private, Side::Shared] {
+            vm.memory_fault(granule * GRANULE, GRANULE, touched)
+                .unwrap();
+        }
     }
     assert_eq!(kernel.pages().private, [2].into());
     assert_eq!(region.info().conversions, 1);
     // Attributes that the end of a binding could not clear.
     kernel.set_fail(Fail::From(0, libc::ENOMEM));
     vm.unbind(0, 8 * GRANULE).unwrap_err();
-    vm.memory_fault(2 * GRANULE, GRANULE).unwrap_err();
+    vm.memory_fault(2 * GRANULE, GRANULE, Side::Private)
+        .unwrap_err();
     kernel.set_fail(Fail::Never);
-    vm.memory_fault(2 * GRANULE, GRANULE).unwrap();
+    vm.memory_fault(2 * GRANULE, GRANULE, Side::Private)
+        .unwrap();
     assert!(kernel.pages().private.is_empty());
 }
 
@@ -170,7 +175,7 @@ fn a_long_request_goes_in_steps_and_counts_once() {
 #[test]
 fn a_fault_that_nothing_explains_is_given_up() {
     let (_, vm, _region) = vm_with_region(8);
-    let fault = || vm.memory_fault(GRANULE, GRANULE);
+    let fault = || vm.memory_fault(GRANULE, GRANULE, Side::Private);
     let times = (0..10_000).take_while(|_| fault().is_ok()).count();
     assert_eq!(times, 1000);
     assert!(matches!(fault(), Err(Error::HopelessFault { .. })));

@@ -139,6 +139,14 @@ pub trait Agent: Send + Sync {
     fn relocate(&self, _contents: Move) -> Result<()> {
         self.check_relocate()
     }
+
+    /// Whether the guest says by its access which side it means, as by TDX's
+    /// shared bit or SEV's C-bit: KVM then exits where the memory is on the
+    /// other side, which is a request to convert it. By default not: KVM looks
+    /// the side up. Must always be the same.
+    fn chooses_side(&self) -> bool {
+        false
+    }
 }
 
 /// KVM as the agent of a `KVM_X86_SW_PROTECTED_VM`.

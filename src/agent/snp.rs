@@ -170,4 +170,9 @@ impl Agent for Snp {
         })
         .map_err(|error| error.of("KVM_SEV_SNP_LAUNCH_FINISH", None))
     }
+
+    /// By the C-bit of its page tables.
+    fn chooses_side(&self) -> bool {
+        true
+    }
 }

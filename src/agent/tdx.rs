@@ -95,4 +95,9 @@ impl Agent for Tdx {
         repeat(0, || (0, kernel.tdx_finalize(self.vm)))
             .map_err(|error| error.of("KVM_TDX_FINALIZE_VM", None))
     }
+
+    /// By the shared bit of guest-physical addresses.
+    fn chooses_side(&self) -> bool {
+        true
+    }
 }

@@ -69,8 +69,8 @@ static void null_is_an_error(void)
     CHECK(privmem_vm_bind(NULL, NULL, 0, 0, PAGE) == -EINVAL);
     CHECK(privmem_vm_unbind(NULL, 0, PAGE) == -EINVAL);
     CHECK(privmem_vm_convert(NULL, 0, PAGE, true, &len) == -EINVAL);
-    CHECK(privmem_vm_memory_fault(NULL, 0, PAGE) == -EINVAL);
     CHECK(privmem_vm_relocate(NULL, 0, 1, -1, 0) == -EINVAL);
+    CHECK(privmem_vm_memory_fault(NULL, 0, PAGE, true) == -EINVAL);
     CHECK(privmem_region_new(NULL, "r", PAGE, NULL, &region) == -EINVAL);
     CHECK(privmem_vm_new_tdx(-1, &vm) == -EINVAL);
     CHECK(privmem_vm_new_snp(-1, -1, &vm) == -EINVAL);
@@ -111,8 +111,8 @@ static void bad_arguments_are_refused(const struct privmem_vm *vm,
     CHECK(convert(vm, 0, PAGE, true) == 0);
     CHECK(privmem_region_host_access(region, 0, &len) && len == 3 * PAGE);
     CHECK(convert(vm, 0, PAGE, false) == 0);
-    CHECK(privmem_vm_memory_fault(vm, 0, PAGE) == 0);
-    CHECK(privmem_vm_memory_fault(vm, 1, PAGE) == -EINVAL);
+    CHECK(privmem_vm_memory_fault(vm, 0, PAGE, true) == 0);
+    CHECK(privmem_vm_memory_fault(vm, 1, PAGE, false) == -EINVAL);
 }
 
 /* A downstream mapper that counts the bytes that it maps, up to a limit. */
@@ -324,6 +324,7 @@ static void a_client_brings_its_own_agent(void)
         .after_convert = agent_after,
         .invalidate = agent_invalidate,
         .relocate = agent_relocate,
+        .chooses_side = true,
     };
     struct privmem_vm *vm = NULL;
     struct privmem_region *region = NULL;
@@ -346,6 +347,10 @@ static void a_client_brings_its_own_agent(void)
     CHECK(agent.before == 102 && agent.after == 101);
     CHECK(privmem_region_discard(region, 0, 8 * PAGE) == 0);
     CHECK(agent.invalidated == 1);
+    CHECK(privmem_vm_memory_fault(vm, 9 * PAGE, PAGE, true) == 0);
+    CHECK(privmem_vm_memory_fault(vm, PAGES * PAGE, PAGE, true) == -EINVAL);
+    CHECK(privmem_vm_memory_fault(vm, 9 * PAGE, PAGE, false) == 0);
+    CHECK(agent.before == 203);
 
     CHECK(privmem_vm_prepare(vm) == -EAGAIN);
     CHECK(privmem_vm_prepare(vm) == 0 && agent.prepared == 2);

@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_VM_TYPES, KVM_MEM_GUEST_MEMFD, KVM_X86_SW_PROTECTED_VM, kvm_regs, kvm_segment,
-    kvm_userspace_memory_region2,
+    KVM_CAP_VM_TYPES, KVM_MEM_GUEST_MEMFD, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_X86_SW_PROTECTED_VM,
+    kvm_regs, kvm_segment, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use privmem::{GRANULE, Side, Vm};
@@ -77,8 +77,12 @@ impl SwProtected {
         loop {
             match self.vcpu.run() {
                 Ok(VcpuExit::Hlt) => return self.vcpu.get_regs().unwrap(),
-                Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
-                    self.vm.memory_fault(gpa, size).unwrap();
+                Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                    let touched = match flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) {
+                        0 => Side::Shared,
+                        _ => Side::Private,
+                    };
+                    self.vm.memory_fault(gpa, size, touched).unwrap();
                 }
                 Err(e) if e.errno() == libc::EINTR => {}
                 other => panic!("the guest left at granule {granule} with {other:?}"),

@@ -292,15 +292,15 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
     return ret;
 }
 
-int private_memory_fault(hwaddr gpa, uint64_t size)
+int private_memory_fault(hwaddr gpa, uint64_t size, bool is_private)
 {
     int ret;
 
     accel_ioctl_begin();
-    ret = privmem_vm_memory_fault(privmem_vm, gpa, size);
+    ret = privmem_vm_memory_fault(privmem_vm, gpa, size, is_private);
     accel_ioctl_end();
 
-    trace_private_memory_fault(gpa, size, ret);
+    trace_private_memory_fault(gpa, size, is_private, ret);
     if (ret) {
         error_report("KVM cannot provide guest memory at 0x%" HWADDR_PRIx
                      ": %s", gpa, privmem_last_error());

@@ -197,10 +197,11 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
                                   bool to_private);
 
 /*
- * KVM_EXIT_MEMORY_FAULT. 0 if the vCPU may run on, else a negative errno: the
- * error has been reported and no retry can help.
+ * KVM_EXIT_MEMORY_FAULT on an access to private memory, or to shared. 0 if the
+ * vCPU may run on, else a negative errno: the error has been reported and no
+ * retry can help.
  */
-int private_memory_fault(hwaddr gpa, uint64_t size);
+int private_memory_fault(hwaddr gpa, uint64_t size, bool is_private);
 
 /*
  * A memory slot for @size bytes of @block, from @offset, is about to appear at
