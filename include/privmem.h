@@ -30,7 +30,12 @@
 #include <stdint.h>
 
 /**
- * A figure of `privmem_info` that this kernel cannot tell.
+ * How many failures of a region are remembered; older ones are only counted.
+ */
+#define REMEMBERED 16
+
+/**
+ * A figure that this kernel cannot tell, or an address that there is not.
  */
 #define PRIVMEM_UNKNOWN UINT64_MAX
 
@@ -149,10 +154,48 @@ struct privmem_agent {
                   int to_fd,
                   uint64_t to_offset);
   /**
+   * The host has lost what the guest had in the range, on this side; the
+   * pages are retired, after `invalidate` for private ones. May be NULL.
+   */
+  void (*memory_failure)(void *opaque, uint64_t gpa, uint64_t size, bool is_private);
+  /**
    * Whether the guest says by its access which side it means (TDX's shared
    * bit, SEV's C-bit): see `privmem_vm_memory_fault`.
    */
   bool chooses_side;
+};
+
+/**
+ * A page that the host lost.
+ */
+struct privmem_failure {
+  /**
+   * Offset of the page into the region, in bytes.
+   */
+  uint64_t offset;
+  /**
+   * Bytes of the page: the granule, or a huge page of the shared store.
+   */
+  uint64_t size;
+  /**
+   * Bytes of the guest's that are gone with it: 0 where the report came late;
+   * of a huge page only what was shared.
+   */
+  uint64_t lost;
+  /**
+   * Guest-physical address of the first of them, or `PRIVMEM_UNKNOWN` if the
+   * guest does not see it.
+   */
+  uint64_t gpa;
+  /**
+   * Bytes that a listener would not map again when the page was retired: its
+   * device does not reach them until they have changed side.
+   */
+  uint64_t unmapped;
+  /**
+   * Whether it was a page of the private store.
+   */
+  bool is_private;
 };
 
 /**
@@ -302,6 +345,11 @@ struct privmem_info {
    * Of these, on a disk; not in `private_held`.
    */
   uint64_t swapped;
+  /**
+   * Pages that the host lost and that were retired; the last ones are told
+   * by `privmem_region_failure`.
+   */
+  uint64_t memory_failures;
 };
 
 /**
@@ -647,6 +695,63 @@ int privmem_vm_relocate(const struct privmem_vm *vm,
                         uint32_t level,
                         int fd,
                         uint64_t offset);
+
+/**
+ * The host has lost the page that the guest sees at guest-physical `gpa`, of
+ * the private store if `is_private`: for KVM_EXIT_MEMORY_FAULT with EHWPOISON,
+ * whose flags tell the side. `failure` says what the guest loses with it.
+ *
+ * With `retire`, whoever maps the page unmaps it, and another comes in its
+ * place at the next access, zeroed: deliver the guest a machine check that
+ * names it before it runs on. Without, the page stays as it is for now: where
+ * the guest cannot be told, stop it first. `lost` is 0 where the memory has
+ * changed side since, or the report comes late otherwise: then the guest may
+ * just run on.
+ *
+ * A failure that two vCPUs have met is reported by both: tell both.
+ *
+ * Any thread; waits for conversions of the page.
+ *
+ * Errors, after which the guest must not run on: -EINVAL for NULL; -ENOENT
+ * where nothing is bound at `gpa`; what fallocate or madvise returned where
+ * the page could not be retired (it is not used again, listeners do not map
+ * it), or where there is no memory to take in its place.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `failure` is NULL or valid for writing.
+ */
+int privmem_vm_memory_failure(const struct privmem_vm *vm,
+                              uint64_t gpa,
+                              bool is_private,
+                              bool retire,
+                              struct privmem_failure *failure);
+
+/**
+ * As `privmem_vm_memory_failure`, for the byte at `offset` of a region: for
+ * SIGBUS (BUS_MCEERR_AR) at that offset of the mapping of the shared store.
+ *
+ * Errors: as there; -EINVAL for an offset beyond the region.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `failure` is NULL or valid for writing.
+ */
+int privmem_region_memory_failure(const struct privmem_region *region,
+                                  uint64_t offset,
+                                  bool is_private,
+                                  bool retire,
+                                  struct privmem_failure *failure);
+
+/**
+ * A failure of a region whose page was retired: number `index`, the latest (0)
+ * first. -ENOENT after the last that is remembered: 16 are, `memory_failures`
+ * of `privmem_region_info` counts all. Any thread.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `failure` is NULL or valid for writing.
+ */
+int privmem_region_failure(const struct privmem_region *region,
+                           size_t index,
+                           struct privmem_failure *failure);
 
 /**
  * Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),

@@ -229,7 +229,8 @@ impl Vm {
     /// Answers `KVM_EXIT_MEMORY_FAULT` with EFAULT: a vCPU touched `size` bytes
     /// at `gpa` on side `touched`, and KVM has them on the other one. `Ok`
     /// means that the vCPU may run on and touch them again. To be called on
-    /// the vCPU's own thread.
+    /// the vCPU's own thread. (With EHWPOISON it is no fault but
+    /// [`Vm::memory_failure`].)
     ///
     /// A guest that chooses a side by its access ([`Agent::chooses_side`]) asks
     /// so for a conversion, and gets it, as far as one step goes; to become

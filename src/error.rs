@@ -42,6 +42,9 @@ pub enum Error {
     #[error("failed conversion number {index} before the last is not known")]
     NoSuchFailedConversion { index: usize },
 
+    #[error("the region remembers no failure number {index}")]
+    NoSuchFailure { index: usize },
+
     #[error("the listener is registered already")]
     AlreadyListening,
 
@@ -130,6 +133,17 @@ pub enum Error {
     )]
     Stranded { cause: Box<Error>, stranded: u64 },
 
+    /// A page that the host lost is still where it was.
+    #[error(
+        "the page at {page} of region '{name}' has failed, and cannot be retired: {cause}; it is not \
+         used again, and the guest must not run on"
+    )]
+    NotRetired {
+        page: Range,
+        name: String,
+        cause: Box<Error>,
+    },
+
     /// The VM cannot have private memory; says what there is and what is missing.
     #[error("this VM has no private memory: {0}")]
     NoPrivateMemory(String),
@@ -202,6 +216,7 @@ impl Error {
             Error::NotBound(_)
             | Error::NoSuchBinding { .. }
             | Error::NoSuchFailedConversion { .. }
+            | Error::NoSuchFailure { .. }
             | Error::NoSuchListener => libc::ENOENT,
             Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
             Error::NoPrivateMemory(_) | Error::HostPageSize(_) | Error::CannotLoad(_) => {
@@ -219,7 +234,7 @@ impl Error {
             | Error::Command { source, .. }
             | Error::Agent { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::HopelessFault { .. } => libc::EFAULT,
-            Error::Undone { cause, .. } => cause.errno(),
+            Error::Undone { cause, .. } | Error::NotRetired { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,
         }
     }

@@ -19,6 +19,7 @@ use std::time::UNIX_EPOCH;
 
 use crate::agent::{Agent, InitialPages, Move, PageType, Snp, SnpFinish, Tdx};
 use crate::error::{Error, Result};
+use crate::failure::Failure;
 use crate::kernel::{Kernel, Linux, NumaPolicy};
 use crate::listener::Listener;
 use crate::range::{GRANULE, Range};
@@ -115,6 +116,10 @@ pub struct privmem_agent {
             to_offset: u64,
         ) -> c_int,
     >,
+    /// The host has lost what the guest had in the range, on this side; the
+    /// pages are retired, after `invalidate` for private ones. May be NULL.
+    pub memory_failure:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, is_private: bool)>,
     /// Whether the guest says by its access which side it means (TDX's shared
     /// bit, SEV's C-bit): see `privmem_vm_memory_fault`.
     pub chooses_side: bool,
@@ -237,6 +242,14 @@ impl Agent for CAgent {
         self.result(unsafe { relocate(opaque, gpa.start(), gpa.len(), from, from_at, to, to_at) })
     }
 
+    fn memory_failure(&self, gpa: Range, side: Side) {
+        if let Some(told) = self.table.memory_failure {
+            let is_private = side == Side::Private;
+            // SAFETY: the agent outlives its VM.
+            unsafe { told(self.table.opaque, gpa.start(), gpa.len(), is_private) }
+        }
+    }
+
     fn chooses_side(&self) -> bool {
         self.table.chooses_side
     }
@@ -245,7 +258,7 @@ impl Agent for CAgent {
 /// Private-capable guest memory of fixed size.
 pub struct privmem_region(Arc<Region>);
 
-/// A figure of `privmem_info` that this kernel cannot tell.
+/// A figure that this kernel cannot tell, or an address that there is not.
 pub const PRIVMEM_UNKNOWN: u64 = u64::MAX;
 
 /// What a region is made with. Zeroes but for `size` are the defaults: all
@@ -318,6 +331,43 @@ pub struct privmem_info {
     pub relocated: u64,
     /// Of these, on a disk; not in `private_held`.
     pub swapped: u64,
+    /// Pages that the host lost and that were retired; the last ones are told
+    /// by `privmem_region_failure`.
+    pub memory_failures: u64,
+}
+
+/// A page that the host lost.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct privmem_failure {
+    /// Offset of the page into the region, in bytes.
+    pub offset: u64,
+    /// Bytes of the page: the granule, or a huge page of the shared store.
+    pub size: u64,
+    /// Bytes of the guest's that are gone with it: 0 where the report came late;
+    /// of a huge page only what was shared.
+    pub lost: u64,
+    /// Guest-physical address of the first of them, or `PRIVMEM_UNKNOWN` if the
+    /// guest does not see it.
+    pub gpa: u64,
+    /// Bytes that a listener would not map again when the page was retired: its
+    /// device does not reach them until they have changed side.
+    pub unmapped: u64,
+    /// Whether it was a page of the private store.
+    pub is_private: bool,
+}
+
+impl From<Failure> for privmem_failure {
+    fn from(failure: Failure) -> privmem_failure {
+        privmem_failure {
+            offset: failure.page.start(),
+            size: failure.page.len(),
+            lost: failure.lost,
+            gpa: failure.gpa.unwrap_or(PRIVMEM_UNKNOWN),
+            unmapped: failure.unmapped,
+            is_private: failure.side == Side::Private,
+        }
+    }
 }
 
 /// Neighbouring bytes of a region that are all private or all shared.
@@ -1004,6 +1054,96 @@ pub unsafe extern "C" fn privmem_vm_relocate(
     })
 }
 
+/// The host has lost the page that the guest sees at guest-physical `gpa`, of
+/// the private store if `is_private`: for KVM_EXIT_MEMORY_FAULT with EHWPOISON,
+/// whose flags tell the side. `failure` says what the guest loses with it.
+///
+/// With `retire`, whoever maps the page unmaps it, and another comes in its
+/// place at the next access, zeroed: deliver the guest a machine check that
+/// names it before it runs on. Without, the page stays as it is for now: where
+/// the guest cannot be told, stop it first. `lost` is 0 where the memory has
+/// changed side since, or the report comes late otherwise: then the guest may
+/// just run on.
+///
+/// A failure that two vCPUs have met is reported by both: tell both.
+///
+/// Any thread; waits for conversions of the page.
+///
+/// Errors, after which the guest must not run on: -EINVAL for NULL; -ENOENT
+/// where nothing is bound at `gpa`; what fallocate or madvise returned where
+/// the page could not be retired (it is not used again, listeners do not map
+/// it), or where there is no memory to take in its place.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `failure` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_memory_failure(
+    vm: *const privmem_vm,
+    gpa: u64,
+    is_private: bool,
+    retire: bool,
+    failure: *mut privmem_failure,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        if failure.is_null() {
+            return Err(null("failure"));
+        }
+        let told = vm.0.memory_failure(gpa, side(is_private), retire)?;
+        // SAFETY: not NULL here, and valid for writing by contract.
+        unsafe { put(failure, told.into(), "failure") }
+    })
+}
+
+/// As `privmem_vm_memory_failure`, for the byte at `offset` of a region: for
+/// SIGBUS (BUS_MCEERR_AR) at that offset of the mapping of the shared store.
+///
+/// Errors: as there; -EINVAL for an offset beyond the region.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `failure` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_memory_failure(
+    region: *const privmem_region,
+    offset: u64,
+    is_private: bool,
+    retire: bool,
+    failure: *mut privmem_failure,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        if failure.is_null() {
+            return Err(null("failure"));
+        }
+        let told = region.0.memory_failure(offset, side(is_private), retire)?;
+        // SAFETY: not NULL here, and valid for writing by contract.
+        unsafe { put(failure, told.into(), "failure") }
+    })
+}
+
+/// A failure of a region whose page was retired: number `index`, the latest (0)
+/// first. -ENOENT after the last that is remembered: 16 are, `memory_failures`
+/// of `privmem_region_info` counts all. Any thread.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `failure` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_failure(
+    region: *const privmem_region,
+    index: usize,
+    failure: *mut privmem_failure,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let all = unsafe { borrow(region, "region") }?.0.failures();
+        let found = all.get(index).ok_or(Error::NoSuchFailure { index })?;
+        // SAFETY: `failure` is as `put` wants it, by contract.
+        unsafe { put(failure, (*found).into(), "failure") }
+    })
+}
+
 /// Makes a region of `size` bytes (a multiple of the granule of 4096 bytes),
 /// with its two stores. Memory is taken when it is touched.
 ///
@@ -1492,6 +1632,9 @@ pub unsafe extern "C" fn privmem_region_info(
             let text = format!("info_size {info_size} is too small");
             return Err(Error::InvalidArgument(text));
         }
+        if info.is_null() {
+            return Err(null("info"));
+        }
         // SAFETY: a live handle or NULL, by contract.
         let now = unsafe { borrow(region, "region") }?.0.info();
         let known = |figure: Option<u64>| figure.unwrap_or(PRIVMEM_UNKNOWN);
@@ -1507,10 +1650,8 @@ pub unsafe extern "C" fn privmem_region_info(
             failed_conversions: now.failed_conversions,
             relocated: now.relocated,
             swapped: now.swapped,
+            memory_failures: now.memory_failures,
         };
-        if info.is_null() {
-            return Err(null("info"));
-        }
         let size = info_size.min(size_of::<privmem_info>());
         // SAFETY: not NULL, and valid for writing as many bytes by contract.
         unsafe {

@@ -122,6 +122,13 @@ pub trait Kernel: Send + Sync {
         finish: &kvm_sev_snp_launch_finish,
     ) -> CommandResult;
 
+    /// Drops what is mapped at `host`, a shared mapping of a file: the file is
+    /// asked at the next access. madvise(2), MADV_DONTNEED.
+    ///
+    /// # Safety
+    /// `host` up to `host + len` is a mapping whose owner agrees.
+    unsafe fn zap(&self, host: usize, len: usize) -> io::Result<()>;
+
     /// Maps `offsets` of `fd` at `host`, in place of what is mapped there.
     ///
     /// # Safety
@@ -691,6 +698,13 @@ impl Kernel for Linux {
         // SAFETY: `data` is the struct that the command reads; what it points
         // to is the caller's promise.
         unsafe { self.sev(vm, sev, sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH, data) }
+    }
+
+    unsafe fn zap(&self, host: usize, len: usize) -> io::Result<()> {
+        let host = host as *mut libc::c_void;
+        // SAFETY: the owner of the mapping agrees, and a shared one of a file
+        // loses nothing.
+        result(unsafe { libc::madvise(host, len, libc::MADV_DONTNEED) }).map(drop)
     }
 
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()> {

@@ -21,6 +21,7 @@
 //! | `convert` | the conversion path, its order and its undo |
 //! | `places` | where private contents lie that were moved |
 //! | [`relocate`] | moving private contents while the guest runs |
+//! | [`failure`] | pages that the host has lost: retired, recorded, told |
 //! | [`ffi`] | the C interface, `include/privmem.h` |
 //!
 //! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
@@ -33,6 +34,7 @@ pub mod agent;
 mod convert;
 pub mod error;
 mod failed;
+pub mod failure;
 pub mod ffi;
 pub mod kernel;
 pub mod listener;

@@ -13,7 +13,7 @@ use crate::places::Part;
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::{Side, StateMap};
-use crate::vm::{Bindings, seen};
+use crate::vm::Bindings;
 
 /// include/uapi/linux/mempolicy.h, from Linux 5.15 on; not in the libc crate.
 const MPOL_PREFERRED_MANY: i32 = 5;
@@ -115,7 +115,8 @@ impl Region {
         }
     }
 
-    fn free(&self, side: Side, offsets: Range) -> Result<()> {
+    /// Frees what `side` holds of `offsets`.
+    pub(crate) fn free(&self, side: Side, offsets: Range) -> Result<()> {
         self.parts(side, offsets).try_for_each(|part| part.punch())
     }
 
@@ -125,15 +126,16 @@ impl Region {
         let offsets = self.range(offset, size)?;
         let bindings = self.vm.bindings();
         let _held = self.lock.acquire(vec![self.locked(offsets)]);
-        let shared = || self.runs_on(Side::Shared, offsets);
-        shared().for_each(|run| self.listeners.discard(run));
-        self.invalidate(&bindings, offsets);
+        for side in [Side::Shared, Side::Private] {
+            self.announce(&bindings, side, offsets);
+        }
         let free = |side| self.free(side, offsets);
         let freed = self.send_home(offsets);
         let freed = freed
             .and_then(|()| free(Side::Private))
             .and(free(Side::Shared));
-        let mapped = shared()
+        let mapped = self
+            .runs_on(Side::Shared, offsets)
             .map(|run| self.listeners.populate(run))
             .fold(Ok(()), Result::and);
         freed.and(mapped)
@@ -175,16 +177,21 @@ impl Region {
         }
     }
 
+    /// Tells whoever maps what is on `side` of `offsets` that it goes.
+    pub(crate) fn announce(&self, bindings: &Bindings, side: Side, offsets: Range) {
+        match side {
+            Side::Shared => self
+                .runs_on(side, offsets)
+                .for_each(|run| self.listeners.discard(run)),
+            Side::Private => self.invalidate(bindings, offsets),
+        }
+    }
+
     /// Tells the agent of what goes of `offsets` that is private, where the
     /// guest sees it.
     pub(crate) fn invalidate(&self, bindings: &Bindings, offsets: Range) {
-        for (part, gpa) in seen(bindings, self, offsets) {
-            for run in self.runs_on(Side::Private, part) {
-                self.vm
-                    .agent
-                    .invalidate(run.rebase(part.start(), gpa.start()));
-            }
-        }
+        self.seen_on(bindings, Side::Private, offsets)
+            .for_each(|gpa| self.vm.agent.invalidate(gpa));
     }
 
     /// The state map as bytes: one bit a granule, from the lowest bit of the

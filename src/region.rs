@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crossbeam::utils::CachePadded;
 
 use crate::error::{Error, Result};
+use crate::failure::Failures;
 use crate::kernel::NumaPolicy;
 use crate::listener::{Listener, Listeners};
 use crate::places::{Part, Places};
@@ -63,6 +64,7 @@ pub struct Region {
     pub(crate) listeners: Listeners,
     pub(crate) conversions: CachePadded<AtomicU64>,
     pub(crate) failed: CachePadded<AtomicU64>,
+    pub(crate) failures: Failures,
 }
 
 /// What [`Region::info`] tells. All sizes in bytes.
@@ -84,6 +86,9 @@ pub struct Info {
     /// Requests that touched this region and succeeded, or failed.
     pub conversions: u64,
     pub failed_conversions: u64,
+    /// Pages that the host lost and that were retired, see
+    /// [`Region::failures`].
+    pub memory_failures: u64,
 }
 
 fn check_huge_page(options: Options, size: u64, vm: &Vm) -> Result<()> {
@@ -149,6 +154,7 @@ impl Region {
             listeners: Listeners::default(),
             conversions: CachePadded::default(),
             failed: CachePadded::default(),
+            failures: Failures::default(),
         }))
     }
 
@@ -293,6 +299,7 @@ impl Region {
             swapped: self.lying_elsewhere(|store| !store.is_in_memory()),
             conversions: self.conversions.load(Ordering::Relaxed),
             failed_conversions: self.failed.load(Ordering::Relaxed),
+            memory_failures: self.failures.count(),
         }
     }
 

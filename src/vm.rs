@@ -378,6 +378,18 @@ impl Vm {
             .map_err(|e| Error::kernel("mmap", e))
     }
 
+    /// Lets the VMM's mapping, if there is one, look up anew what of `offsets` is
+    /// there.
+    pub(crate) fn unmap(&self, region: &Region, offsets: Range) -> Result<()> {
+        let Some(host) = region.host_mapping() else {
+            return Ok(());
+        };
+        let at = host + offsets.start() as usize;
+        // SAFETY: as in `map_part`.
+        retry(|| unsafe { self.kernel.zap(at, offsets.len() as usize) })
+            .map_err(|e| Error::kernel("madvise(DONTNEED)", e))
+    }
+
     /// Has whoever writes to `offsets` of the VMM's mapping wait, if there is
     /// one; or maps a part `over` them, which whoever touches it waits for.
     pub(crate) fn block(

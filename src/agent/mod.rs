@@ -140,6 +140,12 @@ pub trait Agent: Send + Sync {
         self.check_relocate()
     }
 
+    /// The host has lost what the guest had in the range, on `side`. The pages
+    /// are retired by now; of private ones [`Agent::invalidate`] came first.
+    /// Others come in their place, which the guest must accept (TDX) or
+    /// validate (SEV-SNP) as after a conversion.
+    fn memory_failure(&self, _gpa: Range, _side: Side) {}
+
     /// Whether the guest says by its access which side it means, as by TDX's
     /// shared bit or SEV's C-bit: KVM then exits where the memory is on the
     /// other side, which is a request to convert it. By default not: KVM looks

@@ -11,6 +11,7 @@
 #include <linux/mempolicy.h>
 #include <privmem.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -71,6 +72,9 @@ static void null_is_an_error(void)
     CHECK(privmem_vm_convert(NULL, 0, PAGE, true, &len) == -EINVAL);
     CHECK(privmem_vm_relocate(NULL, 0, 1, -1, 0) == -EINVAL);
     CHECK(privmem_vm_memory_fault(NULL, 0, PAGE, true) == -EINVAL);
+    CHECK(privmem_vm_memory_failure(NULL, 0, true, true, NULL) == -EINVAL);
+    CHECK(privmem_region_memory_failure(NULL, 0, true, true, NULL) == -EINVAL);
+    CHECK(privmem_region_failure(NULL, 0, NULL) == -EINVAL);
     CHECK(privmem_region_new(NULL, "r", PAGE, NULL, &region) == -EINVAL);
     CHECK(privmem_vm_new_tdx(-1, &vm) == -EINVAL);
     CHECK(privmem_vm_new_snp(-1, -1, &vm) == -EINVAL);
@@ -203,7 +207,7 @@ static void convert_in_threads(const struct privmem_vm *vm)
 /* A trust agent of ours: counts what it is told, and refuses one page. */
 struct agent {
     int before, after, invalidated, prepared, populated, finalized, moved;
-    uint64_t refused;
+    uint64_t refused, failed;
 };
 
 static int agent_prepare(void *opaque)
@@ -309,6 +313,63 @@ static void an_older_agent_moves_nothing(struct privmem_agent table)
     CHECK(privmem_vm_new_agent(-1, &table, &vm) == -EINVAL);
 }
 
+static void agent_memory_failure(void *opaque, uint64_t gpa, uint64_t size,
+                                 bool is_private)
+{
+    struct agent *agent = opaque;
+
+    CHECK(size == PAGE);
+    agent->failed = gpa + is_private;
+}
+
+/* The host loses a page of either side. The guest chooses sides by its access. */
+static void pages_fail(const struct privmem_vm *vm,
+                       const struct privmem_region *region,
+                       const struct agent *agent)
+{
+    struct privmem_failure failure;
+    struct privmem_info info;
+
+    CHECK(privmem_vm_memory_fault(vm, 9 * PAGE, PAGE, true) == 0);
+    CHECK(pwrite(privmem_region_private_fd(region), "x", 1, 9 * PAGE) == 1);
+    CHECK(pwrite(privmem_region_shared_fd(region), "x", 1, 10 * PAGE) == 1);
+    CHECK(privmem_vm_memory_failure(vm, 9 * PAGE, true, true, NULL) == -EINVAL);
+    CHECK(privmem_vm_memory_failure(vm, PAGES * PAGE, true, true, &failure) ==
+          -ENOENT);
+    for (int retire = 0; retire <= 1; retire++) {
+        CHECK(agent->failed == 0);
+        CHECK(privmem_vm_memory_failure(vm, 9 * PAGE, true, retire, &failure) == 0);
+        CHECK(failure.offset == 9 * PAGE && failure.size == PAGE);
+        CHECK(failure.lost == PAGE && failure.gpa == 9 * PAGE);
+        CHECK(failure.unmapped == 0 && failure.is_private);
+    }
+    CHECK(agent->failed == 9 * PAGE + 1);
+    CHECK(privmem_vm_memory_fault(vm, 9 * PAGE, PAGE, false) == 0);
+
+    CHECK(privmem_region_memory_failure(region, 10 * PAGE, true, true, NULL) ==
+          -EINVAL);
+    CHECK(privmem_region_memory_failure(region, PAGES * PAGE, true, true,
+                                        &failure) == -EINVAL);
+    CHECK(privmem_region_memory_failure(region, 10 * PAGE, true, true,
+                                        &failure) == 0);
+    CHECK(failure.lost == 0 && failure.gpa == PRIVMEM_UNKNOWN);
+    CHECK(privmem_region_memory_failure(region, 10 * PAGE, false, true,
+                                        &failure) == 0);
+    CHECK(agent->failed == 10 * PAGE);
+
+    CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
+    CHECK(info.memory_failures == 2);
+    /* A client that was compiled before there was this figure. */
+    info.memory_failures = 77;
+    CHECK(privmem_region_info(region, &info,
+                              offsetof(struct privmem_info, memory_failures)) == 0);
+    CHECK(info.memory_failures == 77);
+    CHECK(privmem_region_failure(region, 1, &failure) == 0);
+    CHECK(failure.offset == 9 * PAGE);
+    CHECK(privmem_region_failure(region, 0, NULL) == -EINVAL);
+    CHECK(privmem_region_failure(region, 2, &failure) == -ENOENT);
+}
+
 static void a_client_brings_its_own_agent(void)
 {
     static unsigned char source[2 * PAGE] __attribute__((aligned(4096)));
@@ -324,6 +385,7 @@ static void a_client_brings_its_own_agent(void)
         .after_convert = agent_after,
         .invalidate = agent_invalidate,
         .relocate = agent_relocate,
+        .memory_failure = agent_memory_failure,
         .chooses_side = true,
     };
     struct privmem_vm *vm = NULL;
@@ -347,10 +409,7 @@ static void a_client_brings_its_own_agent(void)
     CHECK(agent.before == 102 && agent.after == 101);
     CHECK(privmem_region_discard(region, 0, 8 * PAGE) == 0);
     CHECK(agent.invalidated == 1);
-    CHECK(privmem_vm_memory_fault(vm, 9 * PAGE, PAGE, true) == 0);
-    CHECK(privmem_vm_memory_fault(vm, PAGES * PAGE, PAGE, true) == -EINVAL);
-    CHECK(privmem_vm_memory_fault(vm, 9 * PAGE, PAGE, false) == 0);
-    CHECK(agent.before == 203);
+    pages_fail(vm, region, &agent);
 
     CHECK(privmem_vm_prepare(vm) == -EAGAIN);
     CHECK(privmem_vm_prepare(vm) == 0 && agent.prepared == 2);

@@ -132,6 +132,12 @@ impl Kernel for Faulty {
         unsafe { Linux.map_fixed(host, fd, offsets) }
     }
 
+    unsafe fn zap(&self, host: usize, len: usize) -> io::Result<()> {
+        self.call("zap")?;
+        // SAFETY: as above.
+        unsafe { Linux.zap(host, len) }
+    }
+
     unsafe fn write_protect(&self, host: usize, len: u64) -> io::Result<Blocked> {
         self.call("write_protect")?;
         // SAFETY: as above.

@@ -85,6 +85,8 @@ pub struct Model {
     pub guest_touches: AtomicBool,
     /// Memory that the guest reaches may be freed: a balloon's, or at a reset.
     pub discards: AtomicBool,
+    /// Pages that the host has lost: the granules of each fd whose access fails.
+    poisoned: Mutex<BTreeSet<(RawFd, u64)>>,
     /// A model of what keeps private contents, if KVM alone does not.
     pub firmware: Mutex<Option<Box<dyn Firmware>>>,
     /// Rules that the library broke.
@@ -161,6 +163,7 @@ impl Model {
             busy: Mutex::default(),
             guest_touches: AtomicBool::new(false),
             discards: AtomicBool::new(false),
+            poisoned: Mutex::default(),
             firmware: Mutex::default(),
             broken: Mutex::default(),
             attributes: 8,
@@ -209,6 +212,24 @@ impl Model {
         access(pages.page(fd, place.granule))
     }
 
+    /// The host loses what the guest has in the granule at `gpa`; says where.
+    pub fn poison(&self, gpa: u64) -> Side {
+        let (place, pages) = (self.place(gpa), self.pages());
+        let fd = pages.reachable(&place);
+        self.poisoned.lock().unwrap().insert((fd, place.granule));
+        match fd == place.private {
+            true => Side::Private,
+            false => Side::Shared,
+        }
+    }
+
+    /// Whether the guest's access to the granule at `gpa` fails.
+    pub fn is_poisoned(&self, gpa: u64) -> bool {
+        let (place, pages) = (self.place(gpa), self.pages());
+        let at = (pages.reachable(&place), place.granule);
+        self.poisoned.lock().unwrap().contains(&at)
+    }
+
     fn place(&self, gpa: u64) -> Place {
         let places = self.places.lock().unwrap();
         let place = places.iter().find(|place| place.gpa == gpa);
@@ -224,15 +245,18 @@ impl Model {
         self.broken.lock().unwrap().push(rule);
     }
 
-    /// Pages are freed only when the guest cannot reach them any more.
+    /// Pages are freed only when the guest cannot reach them any more, or have
+    /// failed.
     fn check_punch(&self, pages: &Pages, fd: RawFd, offsets: Range) {
         if self.discards.load(Ordering::Relaxed) {
             return;
         }
         let held = pages.held.get(&fd);
+        let poisoned = self.poisoned.lock().unwrap();
         let mut freed = held
             .into_iter()
-            .flat_map(|held| held.range(granules(offsets)));
+            .flat_map(|held| held.range(granules(offsets)))
+            .filter(|(granule, _)| !poisoned.contains(&(fd, **granule)));
         let places = self.places.lock().unwrap();
         let seen = |granule: u64| {
             let mut places = places.iter().filter(|place| place.granule == granule);
@@ -412,6 +436,8 @@ impl Kernel for Model {
         self.check_punch(&pages, fd.as_raw_fd(), offsets);
         let held = pages.held.entry(fd.as_raw_fd()).or_default();
         held.retain(|g, _| !granules(offsets).contains(g));
+        let kept = |(of, g): &(RawFd, u64)| *of != fd.as_raw_fd() || !granules(offsets).contains(g);
+        self.poisoned.lock().unwrap().retain(kept);
         for place in self.places.lock().unwrap().iter() {
             if place.private == fd.as_raw_fd() && granules(offsets).contains(&place.granule) {
                 self.remove_page(place.gpa);
@@ -493,6 +519,10 @@ impl Kernel for Model {
         _: &SnpFinish,
     ) -> CommandResult {
         self.ask(|firmware| firmware.finish()).map_err(refused)
+    }
+
+    unsafe fn zap(&self, _: usize, _: usize) -> io::Result<()> {
+        self.call()
     }
 
     unsafe fn map_fixed(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<()> {

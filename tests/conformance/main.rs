@@ -31,6 +31,7 @@ macro_rules! conformance_tests {
             rules::a_store_that_keeps_pages_shows_them_again,
             rules::preallocated_memory_is_held_where_it_is,
             rules::what_is_discarded_reads_zero_on_either_side,
+            rules::a_failed_page_comes_back_empty,
             rules::a_saved_state_is_loaded_with_contents_or_not_at_all,
             rules::private_memory_moves_or_all_is_as_it_was,
             rules::listeners_see_exactly_the_runs,

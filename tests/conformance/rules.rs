@@ -262,6 +262,41 @@ pub fn what_is_discarded_reads_zero_on_either_side(guest: &mut Guest) {
     assert!(ram.discard(6 * GRANULE, 3 * GRANULE).is_err());
 }
 
+/// Whether the host has really lost it: to the store it is all the same.
+pub fn a_failed_page_comes_back_empty(guest: &mut Guest) {
+    let ram = guest.ram(8);
+    guest.convert(2..5, Private).unwrap();
+    guest.fill(0..8, 1);
+    guest.expect_discards();
+    for (granule, side) in [(3, Private), (6, Shared)] {
+        let failure = guest.vm().memory_failure(granule * GRANULE + 9, side, true);
+        let failure = failure.unwrap();
+        assert_eq!(granules(failure.page), granule..granule + 1);
+        assert_eq!((failure.side, failure.lost), (side, GRANULE));
+        assert_eq!(failure.gpa, Some(granule * GRANULE));
+        // Nothing there is on the other side.
+        let none = ram
+            .memory_failure(granule * GRANULE, side.other(), true)
+            .unwrap();
+        assert_eq!((none.lost, none.gpa), (0, None));
+    }
+    assert_eq!(ram.info().memory_failures, 2);
+    assert_eq!(picture(&ram), "..###...");
+    assert_if_known(ram.info().private_held, 2 * GRANULE);
+    assert_if_known(ram.info().shared_held, 4 * GRANULE);
+    for kept in [0..3, 4..6, 7..8] {
+        guest.assert_filled(kept, 1);
+    }
+    for lost in [3..4, 6..7] {
+        guest.assert_zero(lost.clone());
+        guest.fill(lost.clone(), 2);
+        guest.assert_filled(lost, 2);
+    }
+    guest.convert(0..8, Shared).unwrap();
+    guest.assert_filled(5..6, 1);
+    guest.assert_zero(2..5);
+}
+
 /// Whoever keeps contents from the VMM cannot load them; who does not, can.
 pub fn a_saved_state_is_loaded_with_contents_or_not_at_all(guest: &mut Guest) {
     let saved = guest.region(20);
