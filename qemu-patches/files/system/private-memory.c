@@ -464,6 +464,25 @@ static PrivateMemorySlotList *query_slots(struct privmem_region *region)
     return list;
 }
 
+static PrivateMemoryFailureList *query_failures(struct privmem_region *region)
+{
+    PrivateMemoryFailureList *list = NULL, **tail = &list;
+    struct privmem_failure failure;
+
+    for (size_t i = 0; !privmem_region_failure(region, i, &failure); i++) {
+        PrivateMemoryFailure *item = g_new0(PrivateMemoryFailure, 1);
+
+        item->offset = failure.offset;
+        item->size = failure.size;
+        item->lost = failure.lost;
+        item->has_address = failure.gpa != PRIVMEM_UNKNOWN;
+        item->address = failure.gpa;
+        item->q_private = failure.is_private;
+        QAPI_LIST_APPEND(tail, item);
+    }
+    return list;
+}
+
 static PrivateMemoryInfo *query_region(Object *obj,
                                        struct privmem_region *region)
 {
@@ -491,6 +510,8 @@ static PrivateMemoryInfo *query_region(Object *obj,
     info->swapped = now.swapped;
     info->conversions = now.conversions;
     info->failed_conversions = now.failed_conversions;
+    info->memory_failures = now.memory_failures;
+    info->last_failures = query_failures(region);
     info->private_fd = privmem_region_private_fd(region);
     info->shared_fd = privmem_region_shared_fd(region);
     info->slots = query_slots(region);
@@ -648,6 +669,8 @@ static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
         monitor_printf(mon, "  %-18s %" PRIu64 " done, %" PRIu64 " failed\n",
                        "conversions", info->conversions,
                        info->failed_conversions);
+        monitor_printf(mon, "  %-18s %" PRIu64 "\n", "memory failures",
+                       info->memory_failures);
     }
 }
 

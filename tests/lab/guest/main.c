@@ -23,6 +23,8 @@
  *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
  *   inflate ADDR PAGES                   gives pages to the virtio balloon    -> ok
  *   report ADDR PAGES                    reports them to it as free           -> ok
+ *   machine-checks                       turn them on, on the boot CPU        -> ok
+ *   machine-check                        how many there were, and the last    -> machine-check ...
  *   eject SLOT                           q35: the DIMM may be unplugged       -> ok
  *   exit STATUS                          leave through isa-debug-exit
  */
@@ -243,6 +245,79 @@ void trap(u64 vector, struct trap_frame *frame)
 	put_hex_field("cr2", cr2);
 	put("\n");
 	leave(TRAP_STATUS);
+}
+
+/* ---- machine checks ---- */
+
+enum {
+	MSR_MCG_CAP = 0x179,
+	MSR_MCG_STATUS = 0x17a,
+	MSR_MC0_STATUS = 0x401,		/* then address and the next bank's, 4 MSRs each */
+	CR4_MCE = 1 << 6,
+	MACHINE_CHECK = 18,
+};
+
+#define STATUS_VALID		(1ull << 63)
+#define STATUS_UNCORRECTED	(1ull << 61)
+#define STATUS_HAS_ADDRESS	(1ull << 58)
+
+static struct {
+	u64 count, address, unclear;
+} machine_checks;
+
+extern char machine_check_stub[];
+
+static inline u64 rdmsr(u32 msr)
+{
+	u32 low, high;
+
+	asm volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(msr));
+	return (u64)high << 32 | low;
+}
+
+static inline void wrmsr(u32 msr, u64 value)
+{
+	asm volatile("wrmsr" : : "c"(msr), "a"((u32)value), "d"((u32)(value >> 32)));
+}
+
+/* Remembers the address of an uncorrected error, and makes room for the next one. */
+void machine_check(void)
+{
+	u32 banks = rdmsr(MSR_MCG_CAP) & 0xff;
+	const u64 wanted = STATUS_VALID | STATUS_UNCORRECTED | STATUS_HAS_ADDRESS;
+	bool found = false;
+
+	for (u32 msr = MSR_MC0_STATUS; msr < MSR_MC0_STATUS + 4 * banks; msr += 4) {
+		u64 status = rdmsr(msr);
+
+		if ((status & wanted) == wanted) {
+			machine_checks.address = rdmsr(msr + 1);
+			found = true;
+		}
+		if (status & STATUS_VALID)
+			wrmsr(msr, 0);
+	}
+	machine_checks.count++;
+	machine_checks.unclear += !found;
+	wrmsr(MSR_MCG_STATUS, 0);
+}
+
+static void turn_machine_checks_on(void)
+{
+	u64 cr4, stub = (u64)machine_check_stub;
+
+	idt[MACHINE_CHECK] = (struct gate){ .low = stub, .selector = 0x18, .type = 0x8e, .middle = stub >> 16 };
+	asm volatile("mov %%cr4, %0" : "=r"(cr4));
+	asm volatile("mov %0, %%cr4" : : "r"(cr4 | CR4_MCE));
+}
+
+static void put_machine_check(void)
+{
+	put("machine-check");
+	put_field("count", machine_checks.count);
+	put_field("unclear", machine_checks.unclear);
+	put_hex_field("address", machine_checks.address);
+	put("\n");
 }
 
 /* ---- hypercalls ---- */
@@ -1058,6 +1133,11 @@ static bool obey(char *word[], int n)
 		put("ok\n");
 	} else if (n == 5 && same(word[0], "remap") && ap_alive && shadowed && a[1] && a[1] <= MAX_PAGES) {
 		remap(a[0], a[1], a[2], a[3]);
+	} else if (n == 1 && same(word[0], "machine-checks")) {
+		turn_machine_checks_on();
+		put("ok\n");
+	} else if (n == 1 && same(word[0], "machine-check")) {
+		put_machine_check();
 	} else if (n == 2 && same(word[0], "eject")) {
 		eject(a[0]);
 		put("ok\n");

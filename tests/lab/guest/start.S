@@ -129,6 +129,19 @@ to_trap:
 	andq	$-16, %rsp
 	call	trap
 
+/* A machine check is looked at, and then the guest goes on where it was. */
+	.globl	machine_check_stub
+machine_check_stub:			/* five words are on the stack, and no error code */
+	.irp	register, rax, rcx, rdx, rsi, rdi, r8, r9, r10, r11
+	pushq	%\register
+	.endr
+	cld
+	call	machine_check
+	.irp	register, r11, r10, r9, r8, rdi, rsi, rdx, rcx, rax
+	popq	%\register
+	.endr
+	iretq
+
 	.section .rodata
 	.balign	8
 gdt:					/* accessed bits set: the CPU must not write to ROM */

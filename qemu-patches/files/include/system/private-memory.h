@@ -204,6 +204,19 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
 int private_memory_fault(hwaddr gpa, uint64_t size, bool is_private);
 
 /*
+ * KVM_EXIT_MEMORY_FAULT with EHWPOISON: the host has lost what a vCPU touched
+ * at @gpa. On its thread, with the BQL. EXCP_INTERRUPT if it may run on, with a
+ * machine check, else -1: the VM stops, and why has been reported.
+ */
+int private_memory_failure(CPUState *cpu, hwaddr gpa, bool is_private);
+
+/*
+ * SIGBUS for memory at @addr that the host has lost. False where it is not of
+ * a memory-backend-private. With the BQL; BUS_MCEERR_AR on the vCPU's thread.
+ */
+bool private_memory_sigbus(CPUState *cpu, int code, void *addr);
+
+/*
  * A memory slot for @size bytes of @block, from @offset, is about to appear at
  * @gpa. Returns the fd that goes into the slot, or -1 where there must be no
  * slot: the guest's accesses then come to QEMU, one by one.

@@ -194,6 +194,8 @@ static void test_convert(void)
     g_assert_cmpstr(qdict_get_str(info, "agent"), ==, "emulated");
     g_assert_cmpint(qdict_get_int(info, "conversions"), ==, 3);
     g_assert_cmpint(qdict_get_int(info, "failed-conversions"), ==, 0);
+    g_assert_cmpint(qdict_get_int(info, "memory-failures"), ==, 0);
+    g_assert_true(qlist_empty(qdict_get_qlist(info, "last-failures")));
     g_assert_cmpint(strlen(qdict_get_str(info, "picture")), ==, 64);
     g_assert_cmpint(qdict_get_str(info, "picture")[1], ==, '+');
     qobject_unref(info);
@@ -609,6 +611,7 @@ static void test_hmp(void)
     g_assert_nonnull(strstr(text, "ram0 (emulated, protects nothing)"));
     g_assert_nonnull(strstr(text, "[.+"));
     g_assert_nonnull(strstr(text, "1 done, 0 failed"));
+    g_assert_nonnull(strstr(text, "memory failures    0"));
     g_free(text);
     qtest_quit(qts);
 }

@@ -19,6 +19,7 @@ pub fn mount_all() -> Result<()> {
         ("sysfs", "/sys"),
         ("devtmpfs", "/dev"),
         ("tmpfs", "/tmp"),
+        ("debugfs", "/sys/kernel/debug"),
     ] {
         fs::create_dir_all(at)?;
         mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)

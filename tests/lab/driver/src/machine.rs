@@ -502,10 +502,22 @@ pub struct PrivateMemory {
     pub held_twice: Option<u64>,
     pub conversions: u64,
     pub failed_conversions: u64,
+    pub memory_failures: u64,
+    pub last_failures: Vec<Failure>,
     pub private_fd: i32,
     pub shared_fd: i32,
     pub slots: Vec<Slot>,
     pub picture: String,
+}
+
+/// A page that the host has lost.
+#[derive(Deserialize, Debug, PartialEq)]
+pub struct Failure {
+    pub offset: u64,
+    pub size: u64,
+    pub lost: u64,
+    pub address: Option<u64>,
+    pub private: bool,
 }
 
 #[derive(Deserialize, Debug, PartialEq)]

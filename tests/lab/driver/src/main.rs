@@ -13,6 +13,7 @@ mod access;
 mod conformance;
 mod demo;
 mod docs;
+mod failure;
 mod host;
 mod launch;
 mod machine;

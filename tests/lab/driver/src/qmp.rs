@@ -12,7 +12,8 @@ pub const DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Qmp {
     socket: BufReader<UnixStream>,
-    events: Vec<String>,
+    /// Name and data, the oldest first.
+    events: Vec<(String, Value)>,
 }
 
 impl Qmp {
@@ -53,27 +54,33 @@ impl Qmp {
             .with_context(|| format!("sending QMP {command}"))?;
         loop {
             let mut answer = self.receive(&format!("the answer to QMP {command}"))?;
-            if let Some(event) = answer["event"].as_str() {
-                self.events.push(event.into());
-            } else if let Some(text) = answer["error"]["desc"].as_str() {
-                return Ok(Err(text.into()));
-            } else {
-                return Ok(Ok(answer["return"].take()));
+            if self.keep_event(&mut answer) {
+                continue;
             }
+            return Ok(match answer["error"]["desc"].as_str() {
+                Some(text) => Err(text.into()),
+                None => Ok(answer["return"].take()),
+            });
         }
     }
 
-    /// Waits for the event, or takes the oldest that came before.
-    pub fn event(&mut self, name: &str) -> Result<()> {
+    /// Waits for the event, or takes the oldest that came before; gives its data.
+    pub fn event(&mut self, name: &str) -> Result<Value> {
         loop {
-            if let Some(at) = self.events.iter().position(|event| event == name) {
-                self.events.remove(at);
-                return Ok(());
+            if let Some(at) = self.events.iter().position(|(event, _)| event == name) {
+                return Ok(self.events.remove(at).1);
             }
-            let answer = self.receive(&format!("the QMP event {name}"))?;
-            self.events
-                .extend(answer["event"].as_str().map(String::from));
+            let mut answer = self.receive(&format!("the QMP event {name}"))?;
+            self.keep_event(&mut answer);
         }
+    }
+
+    /// Whether what was received is an event.
+    fn keep_event(&mut self, answer: &mut Value) -> bool {
+        let name = answer["event"].as_str().map(String::from);
+        let data = answer["data"].take();
+        let kept = name.map(|name| self.events.push((name, data)));
+        kept.is_some()
     }
 
     fn receive(&mut self, awaited: &str) -> Result<Value> {

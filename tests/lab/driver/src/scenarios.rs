@@ -17,7 +17,7 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, demo, docs, host, launch, properties};
+use crate::{Lab, access, demo, docs, failure, host, launch, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -120,6 +120,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(access::all());
     list.extend(properties::all());
     list.extend(launch::all());
+    list.extend(failure::all());
     list.extend(refusals);
     list.push(Scenario::new("documented-commands", docs::run));
     list.push(Scenario::new("demo", demo::run));
@@ -241,7 +242,7 @@ fn guest_converts(lab: &Lab) -> Result<()> {
 }
 
 /// The machine goes on: its guest converts pages and finds what it should.
-fn still_converts(machine: &mut Machine) -> Result<()> {
+pub fn still_converts(machine: &mut Machine) -> Result<()> {
     no_errors(
         &machine.ask_counts(&format!("churn {BASE:#x} 100 20 1"))?,
         20,
@@ -424,7 +425,7 @@ fn listener_refuses(lab: &Lab) -> Result<()> {
 }
 
 /// A figure of the listener `l`.
-fn listener(machine: &mut Machine, name: &str) -> Result<u64> {
+pub fn listener(machine: &mut Machine, name: &str) -> Result<u64> {
     let property = json!({ "path": "/machine/peripheral/l", "property": name });
     let value = machine.qmp.call("qom-get", property)?;
     value.as_u64().context("it is no number")
@@ -1076,7 +1077,8 @@ fn plug(machine: &mut Machine, address: Option<u64>) -> Result<u64> {
 fn unplug(machine: &mut Machine) -> Result<()> {
     machine.qmp.call("device_del", json!({"id": "dimm1"}))?;
     machine.ask_ok("eject 0")?;
-    machine.qmp.event("DEVICE_DELETED")
+    machine.qmp.event("DEVICE_DELETED")?;
+    Ok(())
 }
 
 /// An object made at run time becomes memory of the guest by plugging it in as a DIMM.
