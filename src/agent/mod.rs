@@ -86,9 +86,26 @@ pub struct Move<'a> {
 
 /// A trust agent.
 ///
-/// Calls come from any thread. Those for a range come with this range locked:
-/// nobody converts it meanwhile, and calls for overlapping ranges do not
-/// overlap. An agent must not call back into the [`crate::Vm`] or its regions.
+/// | function | when | locked | if it fails |
+/// |---|---|---|---|
+/// | `prepare` | once, before `populate` | the launch | it may be asked again |
+/// | `check_populate` | before each request of `populate` | the launch | nothing has changed |
+/// | `populate` | private memory, in order of the measurement | the launch, the range | earlier pages of the request are done, and measured; the rest has no contents |
+/// | `finalize` | once, after `populate` | the launch | it may be asked again |
+/// | `before_convert` | the other side holds nothing; this one is still reachable | the range | the whole step is undone; `after_convert` for those asked before |
+/// | `after_convert` | the new side is reachable, and published | the range | |
+/// | `invalidate` | before private pages are freed | the range | |
+/// | `check_relocate` | before writers are held off | none | nothing has changed |
+/// | `relocate` | writers are held off; nobody sees the new place | the range | the new place is emptied, the old one stays |
+/// | `memory_failure` | the pages are retired | the range | |
+/// | `chooses_side` | at a memory fault | none | |
+///
+/// Calls come from any thread, and may come at once for ranges that do not
+/// overlap. A range that is locked is not converted, moved, discarded or reset
+/// meanwhile, and its memory slots stay. An agent must not call back into the
+/// [`crate::Vm`] or its regions. What the kernel or a firmware does in part, or
+/// interrupts, is the agent's to go on with: to the caller a request is done or
+/// has failed.
 pub trait Agent: Send + Sync {
     /// What it is called in messages and reports.
     fn name(&self) -> &str;

@@ -27,6 +27,7 @@
 #include "system/kvm.h"
 #include "system/private-memory.h"
 #include "system/reset.h"
+#include "trace.h"
 
 OBJECT_DECLARE_SIMPLE_TYPE(HostMemoryBackendPrivate, MEMORY_BACKEND_PRIVATE)
 
@@ -260,15 +261,18 @@ static void private_backend_reset(void *opaque)
 {
     HostMemoryBackendPrivate *m = opaque;
     MemoryRegion *mr = &MEMORY_BACKEND(m)->mr;
+    const char *id = object_get_canonical_path_component(OBJECT(m));
+    int ret;
 
     if (!cpus_are_resettable()) {
         /* A new machine whose memory has its initial contents already. */
         return;
     }
-    if (privmem_region_reset(m->region)) {
+    ret = privmem_region_reset(m->region);
+    trace_private_backend_reset(id, ret);
+    if (ret) {
         error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be reset: %s",
-                     object_get_canonical_path_component(OBJECT(m)),
-                     privmem_last_error());
+                     id, privmem_last_error());
     }
     memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
@@ -309,6 +313,8 @@ static bool private_backend_new_region(HostMemoryBackendPrivate *m,
     if (!private_backend_huge_page(m, &options.huge_page_size, errp)) {
         return false;
     }
+    trace_private_backend_new_region(id, size, options.initially_private,
+                                     options.huge_page_size);
     if (privmem_region_new(vm, id, size, &options, &m->region)) {
         error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s' (property 'size' "
                    "is %" PRIu64 "): %s", id, size, privmem_last_error());

@@ -2,8 +2,8 @@
  * Private guest memory behind an fd (libprivmem)
  *
  * Owns the library's VM and translates: memory slots and sections become
- * bindings, guests' requests become conversions, the library's figures become
- * QAPI. Locking is the library's; see privmem.h.
+ * bindings, guests' requests become conversions. Locking is the library's; see
+ * privmem.h.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -11,32 +11,25 @@
 #include "qemu/osdep.h"
 #include <privmem.h>
 #include "qapi/error.h"
-#include "qapi/qapi-commands-private-memory.h"
-#include "qemu/cutils.h"
+#include "qapi/qapi-events-private-memory.h"
 #include "qemu/error-report.h"
 #include "qemu/host-utils.h"
 #include "qemu/main-loop.h"
-#include "qemu/module.h"
+#include "qemu/timer.h"
 #include "qemu/units.h"
 #include "hw/qdev-core.h"
 #include "migration/vmstate.h"
-#include "monitor/hmp.h"
-#include "monitor/monitor.h"
-#include "qom/object_interfaces.h"
 #include "system/accel-blocker.h"
 #include "system/private-memory.h"
 #include "trace.h"
-
-/* Cells of the picture in query-private-memory. */
-#define PICTURE_WIDTH 64
-/* The guest decides how many extents there are; they are listed in pages. */
-#define EXTENTS_MAX 65536
 
 /* Made once, before vCPUs run, and kept until QEMU ends. */
 static struct privmem_vm *privmem_vm;
 static PrivateMemoryAgent agent = PRIVATE_MEMORY_AGENT_SW_PROTECTED;
 static int kvm_vm_fd = -1;
 static int sev_device_fd = -1;
+
+PrivateMemoryStats private_memory_stats;
 
 void private_memory_set_kvm_vm(int vm_fd)
 {
@@ -119,6 +112,16 @@ static int new_vm(void)
     }
 }
 
+struct privmem_vm *private_memory_current_vm(void)
+{
+    return privmem_vm;
+}
+
+PrivateMemoryAgent private_memory_agent(void)
+{
+    return agent;
+}
+
 /* One guest's private memory is all the library's, or all QEMU's own. */
 static int check_block(RAMBlock *block, void *opaque)
 {
@@ -149,6 +152,7 @@ struct privmem_vm *private_memory_vm(bool emulate, Error **errp)
                    "confidential-guest-support=cgs0", privmem_last_error());
         return NULL;
     }
+    trace_private_memory_vm(PrivateMemoryAgent_str(agent));
     if (emulate) {
         memory_listener_register(&emulated_listener, &address_space_memory);
     }
@@ -208,6 +212,7 @@ bool private_memory_init_ram(MemoryRegion *mr, Object *owner, const char *name,
 int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
                             hwaddr size)
 {
+    trace_private_memory_slot_add(block->idstr, offset, gpa, size);
     if (privmem_vm_bind(privmem_vm, block->privmem, offset, gpa, size)) {
         error_report_once("%s at 0x%" HWADDR_PRIx " cannot be a memory slot: "
                           "%s", block->idstr, gpa, privmem_last_error());
@@ -218,6 +223,7 @@ int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
 
 void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size)
 {
+    trace_private_memory_slot_del(block->idstr, gpa, size);
     if (privmem_vm_unbind(privmem_vm, gpa, size)) {
         warn_report_once("%s at 0x%" HWADDR_PRIx ": %s", block->idstr, gpa,
                          privmem_last_error());
@@ -245,9 +251,19 @@ static void invalidate_code(hwaddr gpa, uint64_t size)
     }
 }
 
+/* Counts a request by the time that it took. */
+static void count_latency(int64_t ns)
+{
+    int bucket = ns > 0 ? 64 - clz64(ns) : 0;
+
+    bucket = MIN(bucket, PRIVATE_MEMORY_LATENCIES - 1);
+    stat64_add(&private_memory_stats.latency[bucket], 1);
+}
+
 int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
                            Error **errp)
 {
+    int64_t start = get_clock();
     uint64_t done = 0, step = 0;
     int ret;
 
@@ -265,7 +281,10 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
         /* What was done, and what was undone at the cost of its contents. */
         invalidate_code(gpa, size);
     }
+    count_latency(get_clock() - start);
     if (ret) {
+        qapi_event_send_private_memory_conversion_failed(gpa, size, to_private,
+                                                         privmem_last_error());
         error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s "
                    "(0x%" PRIx64 " bytes are done): %s", gpa, size,
                    to_private ? "private" : "shared", done,
@@ -300,6 +319,7 @@ int private_memory_fault(hwaddr gpa, uint64_t size, bool is_private)
     ret = privmem_vm_memory_fault(privmem_vm, gpa, size, is_private);
     accel_ioctl_end();
 
+    stat64_add(&private_memory_stats.faults, 1);
     trace_private_memory_fault(gpa, size, is_private, ret);
     if (ret) {
         error_report("KVM cannot provide guest memory at 0x%" HWADDR_PRIx
@@ -317,6 +337,7 @@ int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length)
                      ": %s", block->idstr, length, offset,
                      privmem_last_error());
     }
+    trace_private_memory_discard(block->idstr, offset, length, ret);
     if (is_emulated()) {
         memory_region_invalidate_code(block->mr, offset, length);
     }
@@ -379,304 +400,3 @@ bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp)
     }
     return true;
 }
-
-/* QMP and HMP */
-
-static bool check_vm(Error **errp)
-{
-    if (!privmem_vm) {
-        error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE
-                   " in this VM; add one with -object");
-    }
-    return privmem_vm;
-}
-
-void qmp_x_private_memory_convert(uint64_t address, uint64_t size,
-                                  bool private, Error **errp)
-{
-    if (check_vm(errp)) {
-        private_memory_convert(address, size, private, errp);
-    }
-}
-
-/* The library's level of that size, 0 for none. */
-static uint32_t level_of(uint64_t size)
-{
-    switch (size) {
-    case 4 * KiB:
-        return 1;
-    case 2 * MiB:
-        return 2;
-    case 1 * GiB:
-        return 3;
-    default:
-        return 0;
-    }
-}
-
-void qmp_x_private_memory_relocate(uint64_t address, uint64_t size,
-                                   const char *filename, bool has_offset,
-                                   uint64_t offset, Error **errp)
-{
-    uint32_t level = level_of(size);
-    int fd = -1;
-
-    if (!check_vm(errp)) {
-        return;
-    }
-    if (!level) {
-        error_setg(errp, "'size' is 0x%" PRIx64 ": it must be 4 KiB, 2 MiB or "
-                   "1 GiB", size);
-        return;
-    }
-    if (has_offset && !filename) {
-        error_setg(errp, "'offset' means nothing without 'filename'");
-        return;
-    }
-    if (filename) {
-        fd = qemu_open(filename, O_RDWR, errp);
-        if (fd < 0) {
-            return;
-        }
-    }
-    if (privmem_vm_relocate(privmem_vm, address, level, fd,
-                            has_offset ? offset : 0)) {
-        error_setg(errp, "%s", privmem_last_error());
-    }
-    if (fd >= 0) {
-        qemu_close(fd);
-    }
-}
-
-static PrivateMemorySlotList *query_slots(struct privmem_region *region)
-{
-    PrivateMemorySlotList *list = NULL, **tail = &list;
-    struct privmem_binding binding;
-
-    for (size_t i = 0; !privmem_region_binding(region, i, &binding); i++) {
-        PrivateMemorySlot *slot = g_new0(PrivateMemorySlot, 1);
-
-        slot->address = binding.gpa;
-        slot->size = binding.size;
-        slot->offset = binding.offset;
-        QAPI_LIST_APPEND(tail, slot);
-    }
-    return list;
-}
-
-static PrivateMemoryFailureList *query_failures(struct privmem_region *region)
-{
-    PrivateMemoryFailureList *list = NULL, **tail = &list;
-    struct privmem_failure failure;
-
-    for (size_t i = 0; !privmem_region_failure(region, i, &failure); i++) {
-        PrivateMemoryFailure *item = g_new0(PrivateMemoryFailure, 1);
-
-        item->offset = failure.offset;
-        item->size = failure.size;
-        item->lost = failure.lost;
-        item->has_address = failure.gpa != PRIVMEM_UNKNOWN;
-        item->address = failure.gpa;
-        item->q_private = failure.is_private;
-        QAPI_LIST_APPEND(tail, item);
-    }
-    return list;
-}
-
-static PrivateMemoryInfo *query_region(Object *obj,
-                                       struct privmem_region *region)
-{
-    PrivateMemoryInfo *info = g_new0(PrivateMemoryInfo, 1);
-    char picture[PICTURE_WIDTH + 1] = "";
-    struct privmem_info now;
-
-    /* Fails only for NULL. */
-    privmem_region_info(region, &now, sizeof(now));
-    privmem_region_picture(region, picture, sizeof(picture));
-
-    info->id = g_strdup(object_get_canonical_path_component(obj));
-    info->agent = agent;
-    info->size = now.size;
-    info->granule = now.granule;
-    info->q_private = now.private_bytes;
-    info->shared = now.shared_bytes;
-    info->has_private_held = now.private_held != PRIVMEM_UNKNOWN;
-    info->private_held = now.private_held;
-    info->has_shared_held = now.shared_held != PRIVMEM_UNKNOWN;
-    info->shared_held = now.shared_held;
-    info->has_held_twice = now.held_twice != PRIVMEM_UNKNOWN;
-    info->held_twice = now.held_twice;
-    info->relocated = now.relocated;
-    info->swapped = now.swapped;
-    info->conversions = now.conversions;
-    info->failed_conversions = now.failed_conversions;
-    info->memory_failures = now.memory_failures;
-    info->last_failures = query_failures(region);
-    info->private_fd = privmem_region_private_fd(region);
-    info->shared_fd = privmem_region_shared_fd(region);
-    info->slots = query_slots(region);
-    info->picture = g_strdup(picture);
-    return info;
-}
-
-/*
- * Lists up to @limit extents from @start on. Each ends behind where it starts,
- * whatever the guest converts meanwhile, so that pages come to an end, too.
- */
-static void query_extents(PrivateMemoryInfo *info,
-                          struct privmem_region *region, uint64_t start,
-                          uint32_t limit)
-{
-    PrivateMemoryExtentList **tail = &info->extents;
-    struct privmem_run run;
-
-    info->has_extents = true;
-    info->next = start;
-    while (limit-- && !privmem_region_next_run(region, info->next, &run)) {
-        PrivateMemoryExtent *extent = g_new0(PrivateMemoryExtent, 1);
-
-        extent->offset = run.offset;
-        extent->size = run.size;
-        extent->q_private = run.is_private;
-        QAPI_LIST_APPEND(tail, extent);
-        info->next = run.offset + run.size;
-    }
-    info->has_next = info->next < info->size;
-}
-
-static struct privmem_region *object_region(Object *obj)
-{
-    if (!object_dynamic_cast(obj, TYPE_MEMORY_BACKEND_PRIVATE)) {
-        return NULL;
-    }
-    return host_memory_backend_get_memory(MEMORY_BACKEND(obj))
-        ->ram_block->privmem;
-}
-
-struct Query {
-    uint64_t start;
-    /* 0: no extents are asked for. */
-    uint32_t limit;
-    PrivateMemoryInfoList **tail;
-};
-
-static int query_object(Object *obj, void *opaque)
-{
-    struct privmem_region *region = object_region(obj);
-    struct Query *query = opaque;
-    PrivateMemoryInfo *info;
-
-    if (region) {
-        info = query_region(obj, region);
-        if (query->limit) {
-            query_extents(info, region, query->start, query->limit);
-        }
-        QAPI_LIST_APPEND(query->tail, info);
-    }
-    return 0;
-}
-
-/* The only object that is asked for; NULL where it cannot be listed so. */
-static Object *query_find(const char *id, uint64_t start, Error **errp)
-{
-    Object *obj = object_resolve_path_component(object_get_objects_root(), id);
-    struct privmem_region *region = obj ? object_region(obj) : NULL;
-    struct privmem_info now;
-
-    if (!region) {
-        error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE " '%s'; "
-                   "leave out 'id' to see all there are", id);
-        return NULL;
-    }
-    /* Fails only for NULL. */
-    privmem_region_info(region, &now, sizeof(now));
-    if (!QEMU_IS_ALIGNED(start, now.granule) || start >= now.size) {
-        error_setg(errp, "'start' is 0x%" PRIx64 ": it must be a multiple of "
-                   "the granule (0x%" PRIx64 ") and less than the size of '%s' "
-                   "(0x%" PRIx64 ")", start, now.granule, id, now.size);
-        return NULL;
-    }
-    return obj;
-}
-
-PrivateMemoryInfoList *qmp_query_private_memory(const char *id, bool has_start,
-                                                uint64_t start, bool has_limit,
-                                                uint32_t limit, Error **errp)
-{
-    PrivateMemoryInfoList *list = NULL;
-    struct Query query = { .start = start, .limit = limit, .tail = &list };
-    Object *obj;
-
-    if (has_limit && (limit < 1 || limit > EXTENTS_MAX)) {
-        error_setg(errp, "'limit' is %" PRIu32 ": it must be from 1 to %d",
-                   limit, EXTENTS_MAX);
-        return NULL;
-    }
-    if (has_start && (!id || !has_limit)) {
-        error_setg(errp, "'start' means nothing without 'id' and 'limit'; add "
-                   "them, or leave it out");
-        return NULL;
-    }
-    if (!id) {
-        object_child_foreach(object_get_objects_root(), query_object, &query);
-        return list;
-    }
-    obj = query_find(id, start, errp);
-    if (obj) {
-        query_object(obj, &query);
-    }
-    return list;
-}
-
-static void print_bytes(Monitor *mon, const char *what, bool known,
-                        uint64_t bytes)
-{
-    g_autofree char *text = known ? size_to_str(bytes) : g_strdup("unknown");
-
-    monitor_printf(mon, "  %-18s %s\n", what, text);
-}
-
-static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
-{
-    g_autoptr(PrivateMemoryInfoList) list =
-        qmp_query_private_memory(NULL, false, 0, false, 0, NULL);
-
-    if (!list) {
-        monitor_printf(mon, "No " TYPE_MEMORY_BACKEND_PRIVATE "\n");
-    }
-    for (PrivateMemoryInfoList *item = list; item; item = item->next) {
-        PrivateMemoryInfo *info = item->value;
-
-        monitor_printf(mon, "%s (%s%s)\n", info->id,
-                       PrivateMemoryAgent_str(info->agent),
-                       info->agent == PRIVATE_MEMORY_AGENT_EMULATED ?
-                       ", protects nothing" : "");
-        monitor_printf(mon, "  [%s]  # private  . shared  + both\n",
-                       info->picture);
-        print_bytes(mon, "size", true, info->size);
-        print_bytes(mon, "private", true, info->q_private);
-        print_bytes(mon, "shared", true, info->shared);
-        print_bytes(mon, "private held", info->has_private_held,
-                    info->private_held);
-        print_bytes(mon, "shared held", info->has_shared_held,
-                    info->shared_held);
-        print_bytes(mon, "held twice", info->has_held_twice,
-                    info->held_twice);
-        if (info->relocated) {
-            print_bytes(mon, "relocated", true, info->relocated);
-            print_bytes(mon, "of that swapped", true, info->swapped);
-        }
-        monitor_printf(mon, "  %-18s %" PRIu64 " done, %" PRIu64 " failed\n",
-                       "conversions", info->conversions,
-                       info->failed_conversions);
-        monitor_printf(mon, "  %-18s %" PRIu64 "\n", "memory failures",
-                       info->memory_failures);
-    }
-}
-
-static void register_hmp(void)
-{
-    monitor_register_hmp("private-memory", true, hmp_info_private_memory);
-}
-
-type_init(register_hmp);

@@ -11,6 +11,7 @@
 #ifndef SYSTEM_PRIVATE_MEMORY_H
 #define SYSTEM_PRIVATE_MEMORY_H
 
+#include "qemu/stats64.h"
 #include "system/hostmem.h"
 /* What differs between lines. */
 #if QEMU_VERSION_MAJOR == 10 && QEMU_VERSION_MINOR == 0
@@ -36,6 +37,8 @@ typedef const void ClassInitData;
 
 #ifdef CONFIG_PRIVATE_MEMORY
 
+#include "qapi/qapi-types-private-memory.h"
+
 struct privmem_region;
 struct privmem_vm;
 
@@ -57,6 +60,21 @@ void private_memory_use_snp(int sev_fd);
  * the emulated trust agent. NULL and @errp where the VM has no private memory.
  */
 struct privmem_vm *private_memory_vm(bool emulate, Error **errp);
+
+/* The VM if there is one, and who keeps its private contents. */
+struct privmem_vm *private_memory_current_vm(void);
+PrivateMemoryAgent private_memory_agent(void);
+
+/* Requests that took from 2^(i-1) ns up to 2^i ns, by i; the last also longer. */
+#define PRIVATE_MEMORY_LATENCIES 40
+
+/* Written on any thread. */
+typedef struct PrivateMemoryStats {
+    Stat64 faults;
+    Stat64 latency[PRIVATE_MEMORY_LATENCIES];
+} PrivateMemoryStats;
+
+extern PrivateMemoryStats private_memory_stats;
 
 /*
  * True where guests' requests to convert memory are the library's to answer.

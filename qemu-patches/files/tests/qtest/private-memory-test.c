@@ -10,6 +10,7 @@
 #include "libqtest.h"
 #include "qobject/qdict.h"
 #include "qobject/qlist.h"
+#include "qobject/qnum.h"
 #include "qemu/units.h"
 
 #define PAGE (4 * KiB)
@@ -612,7 +613,149 @@ static void test_hmp(void)
     g_assert_nonnull(strstr(text, "[.+"));
     g_assert_nonnull(strstr(text, "1 done, 0 failed"));
     g_assert_nonnull(strstr(text, "memory failures    0"));
+    g_assert_null(strstr(text, "last failed"));
     g_free(text);
+    qtest_quit(qts);
+}
+
+/* The bar has as many cells as are asked for, and lines fit narrow terminals. */
+static void test_hmp_width(void)
+{
+    QTestState *qts = start();
+    char *text;
+
+    convert_ok(qts, 16 * MiB, 48 * MiB, true);
+    text = qtest_hmp(qts, "info private-memory 8");
+    g_assert_nonnull(strstr(text, "  [..######]\r\n"));
+    for (char *line = strtok(text, "\r\n"); line; line = strtok(NULL, "\r\n")) {
+        g_assert_cmpuint(strlen(line), <=, 40);
+    }
+    g_free(text);
+    text = qtest_hmp(qts, "info private-memory 200");
+    g_assert_cmpuint(strcspn(strchr(text, '['), "]"), ==, 201);
+    g_free(text);
+    for (int i = 0; i < 2; i++) {
+        text = qtest_hmp(qts, "info private-memory %d", i * 5000);
+        g_assert_nonnull(strstr(text, "1 to 4096 cells"));
+        g_free(text);
+    }
+    qtest_quit(qts);
+}
+
+static void test_hmp_convert(void)
+{
+    QTestState *qts = start();
+    char *text;
+
+    text = qtest_hmp(qts, "x_private_memory_convert 0x100000 64k on");
+    g_assert_cmpstr(text, ==, "");
+    g_free(text);
+    assert_figure(qts, "ram0", "private", 64 * KiB);
+    text = qtest_hmp(qts, "x_private_memory_convert 0x100000 4k off");
+    g_assert_cmpstr(text, ==, "");
+    g_free(text);
+    assert_figure(qts, "ram0", "private", 60 * KiB);
+    text = qtest_hmp(qts, "x_private_memory_convert 0xfee00000 4k on");
+    g_assert_nonnull(strstr(text, "cannot be private"));
+    g_free(text);
+    qtest_quit(qts);
+}
+
+/* What failed is kept, shown, and told as an event, one a second at most. */
+static void test_failed_conversions(void)
+{
+    QTestState *qts = start();
+    QDict *response, *event, *failed;
+    QList *list;
+    char *text;
+
+    for (int i = 0; i < 20; i++) {
+        assert_error(convert(qts, RAM_SIZE + i * PAGE, PAGE, true),
+                     "cannot be private", NULL);
+    }
+    event = qtest_qmp_eventwait_ref(qts, "PRIVATE_MEMORY_CONVERSION_FAILED");
+    failed = qdict_get_qdict(event, "data");
+    g_assert_cmpint(qdict_get_int(failed, "address"), ==, RAM_SIZE);
+    g_assert_cmpint(qdict_get_int(failed, "size"), ==, PAGE);
+    g_assert_true(qdict_get_bool(failed, "private"));
+    g_assert_nonnull(strstr(qdict_get_str(failed, "error"),
+                            "cannot be private"));
+    qobject_unref(event);
+    /* Those that were held back are told in one: the last. */
+    qtest_clock_step(qts, 1000 * 1000 * 1000);
+    event = qtest_qmp_eventwait_ref(qts, "PRIVATE_MEMORY_CONVERSION_FAILED");
+    failed = qdict_get_qdict(event, "data");
+    g_assert_cmpint(qdict_get_int(failed, "address"), ==,
+                    RAM_SIZE + 19 * PAGE);
+    qobject_unref(event);
+
+    response = qtest_qmp(qts, "{ 'execute': "
+                         "'query-private-memory-failed-conversions' }");
+    list = qdict_get_qlist(response, "return");
+    g_assert_cmpuint(qlist_size(list), ==, 8);
+    failed = qobject_to(QDict, qlist_peek(list));
+    g_assert_cmpint(qdict_get_int(failed, "number"), ==, 20);
+    g_assert_cmpint(qdict_get_int(failed, "address"), ==,
+                    RAM_SIZE + 19 * PAGE);
+    qobject_unref(response);
+
+    text = qtest_hmp(qts, "info private-memory");
+    g_assert_nonnull(strstr(text, "last failed conversions:"));
+    g_assert_nonnull(strstr(text, "0x4013000+0x1000 to private"));
+    g_free(text);
+    qtest_quit(qts);
+}
+
+/* A figure of query-stats, or the sum of a histogram. */
+static int64_t statistic(QTestState *qts, const char *name)
+{
+    QDict *response = qtest_qmp(qts, "{ 'execute': 'query-stats', 'arguments': "
+                                "{ 'target': 'vm', 'providers': [ "
+                                "{ 'provider': 'private-memory', "
+                                "'names': [ %s ] } ] } }", name);
+    QDict *result = qobject_to(QDict, qlist_peek(qdict_get_qlist(response,
+                                                                 "return")));
+    QDict *found = qobject_to(QDict, qlist_peek(qdict_get_qlist(result,
+                                                                "stats")));
+    QList *histogram = qdict_get_qlist(found, "value");
+    int64_t value = 0;
+    QListEntry *entry;
+
+    g_assert_cmpstr(qdict_get_str(found, "name"), ==, name);
+    if (!histogram) {
+        value = qdict_get_int(found, "value");
+    } else {
+        QLIST_FOREACH_ENTRY(histogram, entry) {
+            value += qnum_get_int(qobject_to(QNum, qlist_entry_obj(entry)));
+        }
+    }
+    qobject_unref(response);
+    return value;
+}
+
+static void test_stats(void)
+{
+    QTestState *qts = start();
+    QDict *response;
+
+    convert_ok(qts, 1 * MiB, 3 * PAGE, true);
+    convert_ok(qts, 1 * MiB, PAGE, false);
+    assert_error(convert(qts, RAM_SIZE - PAGE, 2 * PAGE, true),
+                 "cannot be private", NULL);
+    g_assert_cmpint(statistic(qts, "conversions"), ==, 2);
+    g_assert_cmpint(statistic(qts, "failed-conversions"), ==, 1);
+    g_assert_cmpint(statistic(qts, "private"), ==, 2 * PAGE);
+    g_assert_cmpint(statistic(qts, "shared"), ==, RAM_SIZE - 2 * PAGE);
+    g_assert_cmpint(statistic(qts, "faults"), ==, 0);
+    g_assert_cmpint(statistic(qts, "memory-failures"), ==, 0);
+    g_assert_cmpint(statistic(qts, "conversion-latency"), ==, 3);
+
+    response = qtest_qmp(qts, "{ 'execute': 'query-stats-schemas', "
+                         "'arguments': { 'provider': 'private-memory' } }");
+    g_assert_cmpuint(qlist_size(qdict_get_qlist(qobject_to(QDict, qlist_peek(
+                         qdict_get_qlist(response, "return"))), "stats")),
+                     ==, 9);
+    qobject_unref(response);
     qtest_quit(qts);
 }
 
@@ -1185,6 +1328,11 @@ int main(int argc, char **argv)
                    test_relocate_while_running);
     qtest_add_func("/private-memory/reset", test_reset);
     qtest_add_func("/private-memory/hmp", test_hmp);
+    qtest_add_func("/private-memory/hmp-width", test_hmp_width);
+    qtest_add_func("/private-memory/hmp-convert", test_hmp_convert);
+    qtest_add_func("/private-memory/failed-conversions",
+                   test_failed_conversions);
+    qtest_add_func("/private-memory/stats", test_stats);
     qtest_add_func("/private-memory/migration", test_migration);
     qtest_add_func("/private-memory/migration-refused",
                    test_migration_refused);

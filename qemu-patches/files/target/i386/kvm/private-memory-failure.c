@@ -43,7 +43,9 @@ static void failed_event(const Failed *failed,
                          PrivateMemoryFailureAction action)
 {
     Object *backend = failed->block->mr->owner;
-    const char *id = object_get_canonical_path_component(backend);
+    /* RAM of the board has no owner. */
+    const char *id = backend ? object_get_canonical_path_component(backend)
+                             : failed->block->idstr;
 
     trace_private_memory_failure(id, failed->told.offset, failed->is_private,
                                  PrivateMemoryFailureAction_str(action));

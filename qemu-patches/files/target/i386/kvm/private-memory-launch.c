@@ -11,13 +11,17 @@
 #include <privmem.h>
 #include "qapi/error.h"
 #include "system/private-memory.h"
+#include "trace.h"
 #include <linux/kvm.h>
 
 static bool populate(hwaddr gpa, void *source, uint64_t size,
                      enum privmem_page_type type, Error **errp)
 {
-    if (privmem_vm_populate(private_memory_vm(false, NULL), gpa, size, source,
-                            type)) {
+    int ret = privmem_vm_populate(private_memory_current_vm(), gpa, size,
+                                  source, type);
+
+    trace_private_memory_populate(gpa, size, type, ret);
+    if (ret) {
         error_setg(errp, "initial contents of guest memory: %s",
                    privmem_last_error());
         return false;
@@ -28,7 +32,7 @@ static bool populate(hwaddr gpa, void *source, uint64_t size,
 bool private_memory_tdx_populate(int vcpu_fd, hwaddr gpa, void *source,
                                  uint64_t size, bool measured, Error **errp)
 {
-    if (privmem_vm_set_tdx_vcpu(private_memory_vm(false, NULL), vcpu_fd)) {
+    if (privmem_vm_set_tdx_vcpu(private_memory_current_vm(), vcpu_fd)) {
         error_setg(errp, "%s", privmem_last_error());
         return false;
     }
@@ -61,11 +65,17 @@ bool private_memory_snp_populate(hwaddr gpa, void *source, uint64_t size,
 bool private_memory_finalize(const void *snp_finish, size_t finish_size,
                              Error **errp)
 {
-    struct privmem_vm *vm = private_memory_vm(false, NULL);
+    struct privmem_vm *vm = private_memory_current_vm();
+    int ret = 0;
 
-    if ((snp_finish &&
-         privmem_vm_snp_set_finish(vm, snp_finish, finish_size)) ||
-        privmem_vm_finalize(vm)) {
+    if (snp_finish) {
+        ret = privmem_vm_snp_set_finish(vm, snp_finish, finish_size);
+    }
+    if (!ret) {
+        ret = privmem_vm_finalize(vm);
+    }
+    trace_private_memory_finalize(ret);
+    if (ret) {
         error_setg(errp, "end of the guest's launch: %s",
                    privmem_last_error());
         return false;
