@@ -1033,24 +1033,28 @@ static void test_dump(void)
     qtest_quit(qts);
 }
 
-/* QEMU ends at once, with a message that has @words. */
-static void assert_no_start(const char *options, const char *const *words)
+/* QEMU ends at once, with a message that has the words up to a NULL. */
+static void G_GNUC_NULL_TERMINATED assert_no_start(const char *options, ...)
 {
     g_autofree char *command = g_strdup_printf(
         "%s -M q35 -nodefaults -display none -accel qtest -m 64M -bios %s %s",
         g_getenv("QTEST_QEMU_BINARY"), firmware_file, options);
     g_autofree char *text = NULL;
+    const char *word;
+    va_list words;
     int status;
 
     g_assert_true(g_spawn_command_line_sync(command, NULL, &text, &status,
                                             NULL));
     g_assert_true(WIFEXITED(status));
     g_assert_cmpint(WEXITSTATUS(status), ==, 1);
-    for (; *words; words++) {
-        if (!strstr(text, *words)) {
-            g_error("no '%s' in: %s", *words, text);
+    va_start(words, options);
+    while ((word = va_arg(words, const char *))) {
+        if (!strstr(text, word)) {
+            g_error("no '%s' in: %s", word, text);
         }
     }
+    va_end(words);
 }
 
 static void test_bad_command_lines(void)
@@ -1059,17 +1063,16 @@ static void test_bad_command_lines(void)
                     "-machine confidential-guest-support=cgs0,"
                     "memory-backend=ram0 -object "
                     "memory-backend-private,id=ram0,size=64M,emulate=on",
-                    (const char *[]) { "'ram0'", "'emulate'",
-                                       "confidential guest", "leave", NULL });
+                    "'ram0'", "'emulate'", "confidential guest", "leave", NULL);
     assert_no_start("-smp 2 -object "
                     "memory-backend-private,id=ram0,size=32M,emulate=on "
                     "-numa node,memdev=ram0 -numa node,memdev=ram0",
-                    (const char *[]) { "ram0", "multiple times", NULL });
+                    "ram0", "multiple times", NULL);
     assert_no_start("-m 64M,maxmem=1G -object "
                     "memory-backend-private,id=p0,size=64M,emulate=on "
                     "-device virtio-mem-pci,memdev=p0",
-                    (const char *[]) { "'memdev'", "memory-backend-private",
-                                       "another memory backend", NULL });
+                    "'memdev'", "memory-backend-private",
+                    "another memory backend", NULL);
 }
 
 static uint16_t wait_for_change(QTestState *qts, uint64_t address,
