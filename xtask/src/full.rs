@@ -120,39 +120,41 @@ fn unpatched(cx: &Context, line: Line) -> Result<Verdicts> {
     Ok(found)
 }
 
-/// Holds the verdicts of a patched tree against those of the unpatched one.
+/// Holds the verdicts of a patched tree against those of the unpatched one. A
+/// program that breaks off there is no measure for the tests that it got to.
 fn compare(name: &str, before: &Verdicts, now: &Verdicts) -> Tally {
+    let breaks_off = |test: &str| {
+        let program = test.split_once(": ").map_or(test, |(program, _)| program);
+        before.get(program) == Some(&Verdict::Failed)
+    };
     let mut tally = Tally::default();
     for (test, verdict) in now {
-        let shown = format!("{name}: {test}");
-        match (verdict, before.get(test)) {
-            (Verdict::Ok, _) => tally.passed += 1,
+        let (list, why) = match (verdict, before.get(test)) {
+            (Verdict::Ok, _) => {
+                tally.passed += 1;
+                continue;
+            }
             (Verdict::Failed, Some(Verdict::Failed)) => {
-                tally.skipped.push(format!("{shown}: fails unpatched, too"));
+                (&mut tally.skipped, "fails unpatched, too")
             }
+            (Verdict::Failed, None) if breaks_off(test) => {
+                (&mut tally.skipped, "is not reached unpatched")
+            }
+            (Verdict::Failed, Some(_)) => (&mut tally.failed, "does not fail unpatched"),
+            (Verdict::Failed, None) => (&mut tally.failed, "is new and fails"),
             (Verdict::Skipped, Some(Verdict::Skipped)) => {
-                tally
-                    .skipped
-                    .push(format!("{shown}: skipped unpatched, too"));
+                (&mut tally.skipped, "skipped unpatched, too")
             }
-            (Verdict::Skipped, Some(_)) => {
-                tally
-                    .failed
-                    .push(format!("{shown}: is not skipped unpatched"));
-            }
-            (Verdict::Skipped, None) => tally.skipped.push(format!("{shown}: by itself")),
-            (Verdict::Failed, Some(_)) => {
-                tally
-                    .failed
-                    .push(format!("{shown}: does not fail unpatched"));
-            }
-            (Verdict::Failed, None) => tally.failed.push(shown),
+            (Verdict::Skipped, Some(_)) => (&mut tally.failed, "is not skipped unpatched"),
+            (Verdict::Skipped, None) => (&mut tally.skipped, "is new and skips itself"),
+        };
+        list.push(format!("{name}: {test}: {why}"));
+    }
+    for test in before.keys() {
+        if !now.contains_key(test) && !breaks_off(test) {
+            tally.failed.push(format!("{name}: {test}: is gone"));
         }
     }
-    let gone = before.keys().filter(|test| !now.contains_key(*test));
-    tally
-        .failed
-        .extend(gone.map(|test| format!("{name}: {test}: is gone")));
     tally
 }
 
@@ -190,7 +192,13 @@ fn meson_test(
         .args(["--num-processes", &jobs.to_string()])
         .args(tests)
         .current_dir(&build.dir);
-    run::attempt(&cx.cache, label, command)?;
+    let ended = run::attempt(&cx.cache, label, command)?;
+    let complete = fs::read_to_string(&ended.log)?.contains("Full log written to");
+    ensure!(
+        complete,
+        "{label}: meson broke off; the log is {}",
+        ended.log.display()
+    );
     let text = fs::read_to_string(&record).with_context(|| format!("{label}: no record"))?;
     let runs = text
         .lines()
@@ -331,6 +339,7 @@ mod tests {
             ("e", Ok),
             ("f", Ok),
             ("g", Failed),
+            ("g: 1", Ok),
         ]);
         let now = of(&[
             ("a", Ok),
@@ -338,18 +347,19 @@ mod tests {
             ("c", Failed),
             ("d", Skipped),
             ("e", Skipped),
-            ("g", Ok),
+            ("g", Failed),
+            ("g: 2", Failed),
             ("new", Ok),
             ("worse", Failed),
         ]);
         let tally = compare("on", &before, &now);
-        assert_eq!(tally.passed, 3);
+        assert_eq!(tally.passed, 2);
         assert_eq!(
             tally.failed,
             [
                 "on: b: does not fail unpatched",
                 "on: e: is not skipped unpatched",
-                "on: worse",
+                "on: worse: is new and fails",
                 "on: f: is gone",
             ]
         );
@@ -357,7 +367,9 @@ mod tests {
             tally.skipped,
             [
                 "on: c: fails unpatched, too",
-                "on: d: skipped unpatched, too"
+                "on: d: skipped unpatched, too",
+                "on: g: fails unpatched, too",
+                "on: g: 2: is not reached unpatched",
             ]
         );
     }
