@@ -32,7 +32,7 @@ pub struct Step {
 
 /// The steps of a series in the order in which they apply. A new file below
 /// `files` comes with the first patch that names it, so that every part of the
-/// series has the files that it builds.
+/// series has the files that it builds; one that none names, with the last.
 pub fn series(dir: &Path, files: &Path) -> Result<Vec<Step>> {
     let text = read(&dir.join("series"))?;
     let mut left = additions(files)?;
@@ -40,18 +40,14 @@ pub fn series(dir: &Path, files: &Path) -> Result<Vec<Step>> {
     for name in names(&text) {
         let patch = dir.join(name);
         let text = read(&patch)?;
-        let named = quoted(&text);
-        let comes = |path: &Path| named.iter().any(|word| named_by(path, word));
+        let words = words(&text);
+        let comes = |path: &Path| words.iter().any(|word| named_by(path, word));
         let (additions, rest) = left.into_iter().partition(|(path, _)| comes(path));
         left = rest;
         steps.push(Step { patch, additions });
     }
-    if let Some(path) = left.keys().next() {
-        bail!(
-            "{} is named by no patch of {}",
-            path.display(),
-            dir.display()
-        );
+    if let Some(last) = steps.last_mut() {
+        last.additions.append(&mut left);
     }
     Ok(steps)
 }
@@ -72,13 +68,15 @@ fn additions(files: &Path) -> Result<BTreeMap<PathBuf, PathBuf>> {
     Ok(found)
 }
 
-/// What stands in quotes in the lines that a patch adds: so Meson, C and QAPI
-/// name files.
-fn quoted(patch: &str) -> BTreeSet<&str> {
+/// What may be a file's name in the lines that a patch adds: what stands in
+/// quotes, as Meson, C and QAPI have it, or alone, as documents list others.
+fn words(patch: &str) -> BTreeSet<&str> {
     let added = patch.lines().filter_map(|line| line.strip_prefix('+'));
     added
-        .flat_map(|line| ['\'', '"'].map(|quote| line.split(quote).skip(1).step_by(2)))
-        .flatten()
+        .flat_map(|line| {
+            let quoted = ['\'', '"'].map(|quote| line.split(quote).skip(1).step_by(2));
+            quoted.into_iter().flatten().chain([line.trim()])
+        })
         .filter(|word| !word.is_empty())
         .collect()
 }
@@ -356,11 +354,12 @@ mod tests {
             assert!(named_by(Path::new(path), word), "{word}");
         }
         assert!(!named_by(Path::new("system/not-x.c"), "x.c"));
-        assert!(!quoted("+of ''").contains("") && quoted("-'gone'").is_empty());
+        let found = words("+of ''\n+   private-memory\n-'gone'\n+ f('x.c')");
+        assert_eq!(found, ["f('x.c')", "of ''", "private-memory", "x.c"].into());
 
         fs::write(files.join("stray"), "")?;
-        let error = series(dir.path(), &files).map(drop).unwrap_err();
-        assert!(error.to_string().starts_with("stray is named by no patch"));
+        let steps = series(dir.path(), &files)?;
+        assert!(steps[0].additions.contains_key(Path::new("stray")));
         Ok(())
     }
 
