@@ -53,9 +53,10 @@ impl Report {
     }
 
     fn shown(&self) -> String {
+        let text = self.text.trim_end_matches(':');
         match self.file.as_str() {
-            "" => self.text.clone(),
-            file => format!("{file}:{}: {}", self.line, self.text),
+            "" => text.to_owned(),
+            file => format!("{file}:{}: {text}", self.line),
         }
     }
 }

@@ -39,9 +39,8 @@ pub fn series(dir: &Path, files: &Path) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     for name in names(&text) {
         let patch = dir.join(name);
-        let text = read(&patch)?;
-        let words = words(&text);
-        let comes = |path: &Path| words.iter().any(|word| named_by(path, word));
+        let named = named(&read(&patch)?);
+        let comes = |path: &Path| named.contains(path) || named.contains(&path.with_extension(""));
         let (additions, rest) = left.into_iter().partition(|(path, _)| comes(path));
         left = rest;
         steps.push(Step { patch, additions });
@@ -68,22 +67,25 @@ fn additions(files: &Path) -> Result<BTreeMap<PathBuf, PathBuf>> {
     Ok(found)
 }
 
-/// What may be a file's name in the lines that a patch adds: what stands in
-/// quotes, as Meson, C and QAPI have it, or alone, as documents list others.
-fn words(patch: &str) -> BTreeSet<&str> {
-    let added = patch.lines().filter_map(|line| line.strip_prefix('+'));
-    added
-        .flat_map(|line| {
+/// The paths that the lines which a patch adds may name, without a suffix where
+/// those have none. A name is what stands in quotes, as Meson, C and QAPI have
+/// it, or alone, as documents list others. It is of the folder of the file that
+/// names it, or a header's.
+fn named(patch: &str) -> BTreeSet<PathBuf> {
+    let mut dir = Path::new("");
+    let mut found = BTreeSet::new();
+    for line in patch.lines() {
+        if let Some(path) = line.strip_prefix("+++ b/") {
+            dir = Path::new(path).parent().unwrap_or(dir);
+        } else if let Some(line) = line.strip_prefix('+') {
             let quoted = ['\'', '"'].map(|quote| line.split(quote).skip(1).step_by(2));
-            quoted.into_iter().flatten().chain([line.trim()])
-        })
-        .filter(|word| !word.is_empty())
-        .collect()
-}
-
-/// A file is named by the end of its path; Meson often leaves the suffix out.
-fn named_by(path: &Path, word: &str) -> bool {
-    path.ends_with(word) || path.with_extension("").ends_with(word)
+            let words = quoted.into_iter().flatten().chain([line.trim()]);
+            for word in words.filter(|word| !word.is_empty()) {
+                found.extend([dir.join(word), Path::new("include").join(word)]);
+            }
+        }
+    }
+    found
 }
 
 fn names(series: &str) -> impl Iterator<Item = &str> {
@@ -300,8 +302,8 @@ mod tests {
 
     const PATCH: &str = "Subject: say two\n---\n hello | 2 +-\n\n\
                          diff --git a/hello b/hello\n--- a/hello\n+++ b/hello\n\
-                         @@ -1,3 +1,3 @@\n above\n-one\n+say 'two'\n below\n";
-    const PATCHED: &str = "above\nsay 'two'\nbelow\n";
+                         @@ -1,3 +1,3 @@\n above\n-one\n+say 'new/two'\n below\n";
+    const PATCHED: &str = "above\nsay 'new/two'\nbelow\n";
 
     fn project() -> Result<TempDir> {
         let dir = tempfile::tempdir()?;
@@ -346,16 +348,15 @@ mod tests {
             steps.iter().map(of).collect::<Vec<_>>(),
             [[PathBuf::from("new/two.c")]]
         );
-        for (word, path) in [
-            ("system/x.h", "include/system/x.h"),
-            ("x.json", "qapi/x.json"),
-            ("x-test", "tests/x-test.c"),
-        ] {
-            assert!(named_by(Path::new(path), word), "{word}");
+        let patch = "+++ b/qapi/x.json\n+{ 'include': 'y.json' }\n-'gone'\n\
+                     +++ b/docs/index.rst\n+   y\n+++ b/a.c\n+#include \"s/y.h\"\n+ of ''\n";
+        let found = named(patch);
+        for path in ["qapi/y.json", "docs/y", "include/s/y.h"] {
+            assert!(found.contains(Path::new(path)), "{path}");
         }
-        assert!(!named_by(Path::new("system/not-x.c"), "x.c"));
-        let found = words("+of ''\n+   private-memory\n-'gone'\n+ f('x.c')");
-        assert_eq!(found, ["f('x.c')", "of ''", "private-memory", "x.c"].into());
+        for path in ["qapi/gone", "docs/y.json", "system/y", ""] {
+            assert!(!found.contains(Path::new(path)), "{path}");
+        }
 
         fs::write(files.join("stray"), "")?;
         let steps = series(dir.path(), &files)?;
