@@ -8,7 +8,9 @@
 #include <sys/resource.h>
 #include <glib/gstdio.h>
 #include "libqtest.h"
+#include "qapi/error.h"
 #include "qobject/qdict.h"
+#include "qobject/qjson.h"
 #include "qobject/qlist.h"
 #include "qemu/units.h"
 
@@ -130,14 +132,21 @@ static void assert_figure(QTestState *qts, const char *id, const char *name,
     qobject_unref(info);
 }
 
+/* Arguments put together from text, which may not be a format. */
+static QDict *execute(QTestState *qts, const char *command,
+                      const char *arguments)
+{
+    return qtest_qmp(qts, "{ 'execute': %s, 'arguments': %p }", command,
+                     qobject_from_json(arguments, &error_abort));
+}
+
 static QDict *add(QTestState *qts, const char *properties)
 {
-    g_autofree char *command = g_strdup_printf(
-        "{ 'execute': 'object-add', 'arguments': "
-        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s } }",
+    g_autofree char *arguments = g_strdup_printf(
+        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s }",
         properties);
 
-    return qtest_qmp(qts, command);
+    return execute(qts, "object-add", arguments);
 }
 
 /* What is known of 'ram0' with @limit extents from @start on. */
@@ -325,11 +334,11 @@ static void test_bad_queries(void)
         "-object memory-backend-ram,id=other,size=64M");
 
     for (int i = 0; i < ARRAY_SIZE(queries); i++) {
-        g_autofree char *command = g_strdup_printf(
-            "{ 'execute': 'query-private-memory', 'arguments': { %s } }",
-            queries[i].arguments);
+        g_autofree char *arguments = g_strdup_printf("{ %s }",
+                                                     queries[i].arguments);
 
-        assert_error(qtest_qmp(qts, command), queries[i].word, NULL);
+        assert_error(execute(qts, "query-private-memory", arguments),
+                     queries[i].word, NULL);
     }
     qtest_quit(qts);
 }
@@ -516,12 +525,11 @@ static void test_numa(void)
 static QDict *relocate(QTestState *qts, uint64_t address, uint64_t size,
                        const char *more)
 {
-    g_autofree char *command = g_strdup_printf(
-        "{ 'execute': 'x-private-memory-relocate', 'arguments': "
-        "{ 'address': %" PRIu64 ", 'size': %" PRIu64 " %s } }",
+    g_autofree char *arguments = g_strdup_printf(
+        "{ 'address': %" PRIu64 ", 'size': %" PRIu64 " %s }",
         address, size, more);
 
-    return qtest_qmp(qts, command);
+    return execute(qts, "x-private-memory-relocate", arguments);
 }
 
 static void test_relocate(void)
@@ -734,8 +742,8 @@ static void wait_for_job(QTestState *qts)
 
     do {
         QDict *response = qtest_qmp(qts, "{ 'execute': 'query-jobs' }");
-        QListEntry *entry = qlist_first(qdict_get_qlist(response, "return"));
-        QDict *job = qobject_to(QDict, qlist_entry_obj(entry));
+        QList *jobs = qdict_get_qlist(response, "return");
+        QDict *job = qobject_to(QDict, qlist_entry_obj(qlist_first(jobs)));
 
         g_assert_cmpstr(qdict_get_try_str(job, "error"), ==, NULL);
         g_assert_cmpint(g_get_monotonic_time(), <, deadline);
