@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use walkdir::{DirEntry, WalkDir};
 
 use crate::Context;
@@ -23,6 +23,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Suites with binary packages, then those with sources only.
 const BINARY_SUITES: &[&str] = &["trixie", "trixie-backports"];
 const SOURCE_SUITES: &[&str] = &["trixie", "trixie-backports", "sid"];
+
+const SOURCE: &[&str] = &["source", "--download-only", "--only-source"];
 
 pub struct Apt {
     config: PathBuf,
@@ -97,20 +99,40 @@ impl Apt {
 
     /// Downloads a source package; returns its .dsc.
     pub fn source(&self, package: &str, version: &str) -> Result<PathBuf> {
-        let command = ["source", "--download-only", "--only-source"];
-        self.download(&command, package, version)?;
+        self.download(SOURCE, package, version)?;
+        self.dsc(package, version)
+    }
+
+    /// Downloads a source package that nobody will miss: an error is one line.
+    pub fn source_if_any(&self, package: &str, version: &str) -> Result<PathBuf> {
+        let mut apt_get = self.getter(SOURCE, package, version);
+        run::work(&format!("download {package} {version}"), || {
+            run::ask(&mut apt_get).map_err(|error| {
+                let said = error.to_string();
+                let failed = said.lines().find(|line| line.starts_with("E: "));
+                anyhow!(failed.unwrap_or(&said).to_owned())
+            })
+        })?;
+        self.dsc(package, version)
+    }
+
+    fn dsc(&self, package: &str, version: &str) -> Result<PathBuf> {
         let dsc = format!("{package}_{}.dsc", without_epoch(version));
         existing(self.downloads.join(dsc))
     }
 
     fn download(&self, command: &[&str], package: &str, version: &str) -> Result<()> {
+        let what = format!("download {package} {version}");
+        run::step(&self.cache, &what, self.getter(command, package, version))
+    }
+
+    fn getter(&self, command: &[&str], package: &str, version: &str) -> Command {
         let mut apt_get = self.tool("apt-get");
         apt_get
             .args(command)
             .arg(format!("{package}={version}"))
             .current_dir(&self.downloads);
-        let what = format!("download {package} {version}");
-        run::step(&self.cache, &what, apt_get)
+        apt_get
     }
 
     /// Downloads a binary package; returns its .deb.

@@ -301,7 +301,7 @@ fn busybox(cx: &Context) -> Result<PathBuf> {
 }
 
 /// Files of a distribution package, in a folder of the cache.
-fn from_package(cx: &Context, dir: &str, package: &str, files: &[&str]) -> Result<PathBuf> {
+pub fn from_package(cx: &Context, dir: &str, package: &str, files: &[&str]) -> Result<PathBuf> {
     let dir = cx.cache.dir(dir)?;
     if !cx.refresh && files.iter().all(|name| dir.join(name).exists()) {
         return Ok(dir);

@@ -6,9 +6,11 @@
 
 mod apt;
 mod cache;
+mod checkpatch;
 mod coverage;
 mod demo;
 mod docs;
+mod full;
 mod header;
 mod kernel;
 mod lab;
@@ -63,6 +65,9 @@ enum Command {
         /// Run only this suite (may be repeated)
         #[arg(long, value_enum)]
         suite: Vec<suites::Suite>,
+        /// Run checkpatch, series and full, too: QEMU's own checks and tests
+        #[arg(long)]
+        full: bool,
         /// Run only the suites of this QEMU line, and those of none
         #[arg(long)]
         line: Option<Line>,
@@ -168,9 +173,13 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Demo { json, boot } => demo::run(&cx, boot.line, boot.limit(), json),
         Command::Test {
             suite,
+            full,
             line,
             lab_test,
-        } => Ok(suites::run(&cx, &suite, line, &lab_test)),
+        } => {
+            let chosen = suites::Chosen { suite, full, line };
+            Ok(suites::run(&cx, &chosen, &lab_test))
+        }
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {
             lab::command(&cx, boot.line, boot.limit(), &command.join(" "))

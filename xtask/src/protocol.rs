@@ -1,7 +1,7 @@
 //! What the lab says on its console: lines `@lab {json}` are results, all
 //! others are a log for people.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 const MARK: &str = "@lab ";
@@ -25,7 +25,7 @@ pub struct Test {
     pub why: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     Ok,

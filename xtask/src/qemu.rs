@@ -21,10 +21,15 @@ use crate::cache::{self, Stamp};
 use crate::library::{self, Installed};
 use crate::run;
 use crate::setup;
-use crate::tree::{self, Overlay};
+use crate::tree::{self, Overlay, Step};
 
 pub const SYSTEM: &str = "qemu-system-x86_64";
 pub const QTEST: &str = "tests/qtest/private-memory-test";
+/// Everything, tests included.
+pub const ALL: &str = "all";
+
+/// Where the cache has a QEMU that is newer than all lines.
+const NEWER: &str = "qemu/newer";
 
 /// Small and quick to build.
 const CONFIGURE: &[&str] = &[
@@ -37,7 +42,6 @@ const CONFIGURE: &[&str] = &[
     "--disable-docs",
     "--disable-install-blobs",
     "--disable-debug-info",
-    "-Dprivate_memory=enabled",
 ];
 
 /// A QEMU line that there are patches for, newest first.
@@ -88,9 +92,76 @@ impl FromStr for Lines {
     }
 }
 
+/// Which tree of a line is built, and how.
+#[derive(Clone, Copy)]
+pub enum Kind<'a> {
+    /// With all patches and the option on; further arguments for configure.
+    Patched(&'a [String]),
+    /// With all patches and the option off.
+    Off,
+    /// With none of them.
+    Unpatched,
+    /// With so many of the patches, and the option on.
+    First(usize),
+}
+
+impl Kind<'_> {
+    fn of(self, series: &[Step]) -> &[Step] {
+        match self {
+            Self::Patched(_) | Self::Off => series,
+            Self::Unpatched => &[],
+            Self::First(patches) => &series[..patches.min(series.len())],
+        }
+    }
+
+    /// A tree that is not the everyday one has a folder of its own.
+    fn tree(self) -> &'static str {
+        match self {
+            Self::Patched(_) | Self::Off => "",
+            Self::Unpatched => "unpatched",
+            Self::First(_) => "series",
+        }
+    }
+
+    fn build(self) -> String {
+        match self {
+            Self::Off => "build-off".to_owned(),
+            Self::Patched(extra) if !extra.is_empty() => format!(
+                "build-{}",
+                &Stamp::default().text(extra.join("\n")).finish()[..8]
+            ),
+            _ => "build".to_owned(),
+        }
+    }
+
+    /// What configure is told beside what it is told of every tree.
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::Patched(_) => &["-Dprivate_memory=enabled"],
+            Self::Off => &["-Dprivate_memory=disabled"],
+            Self::Unpatched => &[],
+            // Nobody runs what is built of a part of the series.
+            Self::First(_) => &[
+                "-Dprivate_memory=enabled",
+                "-Doptimization=0",
+                "--enable-werror",
+            ],
+        }
+    }
+
+    fn users_options(&self) -> &[String] {
+        match self {
+            Self::Patched(extra) => extra,
+            _ => &[],
+        }
+    }
+}
+
 /// A build that is up to date.
 pub struct Build {
     pub line: Line,
+    /// A digest of all that went into it.
+    pub stamp: String,
     pub dir: PathBuf,
     pub source: PathBuf,
 }
@@ -123,7 +194,13 @@ pub fn command(cx: &Context, lines: Option<Lines>, extra: &[String]) -> Result<E
     let _guard = cx.cache.lock()?;
     let lines = match lines {
         Some(Lines(lines)) => lines.into_iter().map(Some).collect(),
-        None => vec![None],
+        None => {
+            if let Some(build) = newer(cx, extra) {
+                println!("{}", build.system().display());
+                return Ok(ExitCode::SUCCESS);
+            }
+            vec![None]
+        }
     };
     for line in lines {
         let build = build_any(cx, line, &[SYSTEM], extra)?;
@@ -153,19 +230,41 @@ pub fn build_any(
 
 /// Builds `targets` of a line; whoever calls holds the cache's lock.
 pub fn build(cx: &Context, line: Line, targets: &[&str], extra: &[String]) -> Result<Build> {
+    build_kind(cx, line, Kind::Patched(extra), targets)
+}
+
+/// Builds `targets` of one of a line's trees; whoever calls holds the cache's lock.
+pub fn build_kind(cx: &Context, line: Line, kind: Kind, targets: &[&str]) -> Result<Build> {
     setup::packages(cx, setup::BUILD)?;
-    let work = Work::new(cx, line, extra)?;
+    build_tree(cx, line, Tree::of(cx, line)?, kind, targets)
+}
+
+/// Builds a tree with the patches of a line.
+fn build_tree(cx: &Context, line: Line, tree: Tree, kind: Kind, targets: &[&str]) -> Result<Build> {
+    let work = Work::new(tree, kind);
     let privmem = library::install(cx)?;
-    let patches = cx.root.join("qemu-patches");
-    let hooks = tree::series(&patches.join(line.name()))?;
-    let overlay = Overlay::new(&work.pristine, &hooks, &patches.join("files"))
+    let overlay = Overlay::new(&work.pristine, kind.of(&series(cx, line)?))
         .with_context(|| format!("patching QEMU {}", work.version))?;
-    work.make(cx, targets, &overlay, &privmem)?;
+    let stamp = work.make(cx, targets, &overlay, &privmem)?;
     Ok(Build {
         line,
+        stamp,
         dir: work.build,
         source: work.source,
     })
+}
+
+/// The patches of a line with the new files that come with each.
+pub fn series(cx: &Context, line: Line) -> Result<Vec<Step>> {
+    let patches = cx.root.join("qemu-patches");
+    tree::series(&patches.join(line.name()), &patches.join("files"))
+}
+
+/// The source of a line as it was fetched; only to be read.
+pub fn pristine(cx: &Context, line: Line) -> Result<PathBuf> {
+    let _guard = cx.cache.lock()?;
+    setup::packages(cx, setup::BUILD)?;
+    Ok(Tree::of(cx, line)?.pristine)
 }
 
 /// The kernel's headers that a QEMU of the newest line brings.
@@ -175,12 +274,41 @@ pub fn kernel_headers(cx: &Context) -> Result<PathBuf> {
 
 /// The source of the newest line, or the user's own tree, as it is.
 pub fn source(cx: &Context) -> Result<PathBuf> {
-    let _guard = cx.cache.lock()?;
-    setup::packages(cx, setup::BUILD)?;
-    Ok(Work::new(cx, Line::ALL[0], &[])?.pristine)
+    pristine(cx, Line::ALL[0])
 }
 
-/// Where one configuration of one line is built.
+/// A source of QEMU, and its folder in the cache.
+struct Tree {
+    dir: PathBuf,
+    version: String,
+    pristine: PathBuf,
+    users: bool,
+}
+
+impl Tree {
+    fn of(cx: &Context, line: Line) -> Result<Self> {
+        match users_source() {
+            Some(tree) => users_tree(cx, line, Path::new(&tree)),
+            None => fetched(cx, line),
+        }
+    }
+
+    /// One of the distribution's, in its folder of the cache.
+    fn fetched(dir: PathBuf, version: String) -> Self {
+        Self {
+            pristine: dir.join("pristine"),
+            dir,
+            version,
+            users: false,
+        }
+    }
+}
+
+fn users_source() -> Option<OsString> {
+    std::env::var_os("QEMU_SRC").filter(|tree| !tree.is_empty())
+}
+
+/// Where one configuration of one tree is built.
 struct Work {
     version: String,
     users: bool,
@@ -189,34 +317,36 @@ struct Work {
     manifest: PathBuf,
     build: PathBuf,
     arguments: Vec<String>,
+    /// Tells apart what several parts of a series have built in one folder.
+    part: String,
+    with_library: bool,
 }
 
 impl Work {
-    fn new(cx: &Context, line: Line, extra: &[String]) -> Result<Self> {
-        let users = std::env::var_os("QEMU_SRC").filter(|tree| !tree.is_empty());
-        let (dir, version, pristine) = match &users {
-            Some(tree) => users_tree(cx, line, Path::new(tree))?,
-            None => fetched(cx, line)?,
-        };
+    fn new(tree: Tree, kind: Kind) -> Self {
         // A git tree may need to fetch subprojects, a distribution's source does not.
-        let download = users.is_none().then_some("--disable-download");
-        let base = CONFIGURE.iter().copied().chain(download).map(str::to_owned);
-        let build = match extra {
-            [] => "build".to_owned(),
-            _ => format!(
-                "build-{}",
-                &Stamp::default().text(extra.join("\n")).finish()[..8]
-            ),
-        };
-        Ok(Self {
-            version: without_epoch(&version).to_owned(),
-            users: users.is_some(),
-            pristine,
+        let download = (!tree.users).then_some("--disable-download");
+        let arguments = CONFIGURE
+            .iter()
+            .chain(kind.options())
+            .copied()
+            .chain(download)
+            .chain(kind.users_options().iter().map(String::as_str));
+        let dir = tree.dir.join(kind.tree());
+        Self {
+            version: without_epoch(&tree.version).to_owned(),
+            users: tree.users,
+            pristine: tree.pristine,
             source: dir.join("src"),
             manifest: dir.join("src.json"),
-            build: dir.join(build),
-            arguments: base.chain(extra.iter().cloned()).collect(),
-        })
+            build: dir.join(kind.build()),
+            arguments: arguments.map(str::to_owned).collect(),
+            part: match kind {
+                Kind::First(patches) => format!("-{patches}"),
+                _ => String::new(),
+            },
+            with_library: !matches!(kind, Kind::Unpatched),
+        }
     }
 
     fn stamp(&self, overlay: &Overlay, privmem: &Installed) -> Result<String> {
@@ -229,27 +359,28 @@ impl Work {
             stamp.text(argument);
         }
         overlay.stamp(&mut stamp)?;
-        stamp
-            .file(&privmem.archive)?
-            .file(&privmem.header)?
-            .file(&privmem.description())?;
+        if self.with_library {
+            stamp
+                .file(&privmem.archive)?
+                .file(&privmem.header)?
+                .file(&privmem.description())?;
+        }
         Ok(stamp.finish())
     }
 
-    /// Builds those of the targets that are not up to date.
+    /// Builds those of the targets that are not up to date; returns their stamp.
     fn make(
         &self,
         cx: &Context,
         targets: &[&str],
         overlay: &Overlay,
         privmem: &Installed,
-    ) -> Result<()> {
+    ) -> Result<String> {
         let stamp = self.stamp(overlay, privmem)?;
-        let current = |target: &str| {
-            cache::holds(&self.stamp_of(target), &stamp) && self.build.join(target).exists()
-        };
+        let there = |target: &str| target == ALL || self.build.join(target).exists();
+        let current = |target: &str| cache::holds(&self.stamp_of(target), &stamp) && there(target);
         if targets.iter().all(|target| current(target)) {
-            return Ok(());
+            return Ok(stamp);
         }
         run::work(&format!("patch QEMU {}", self.version), || {
             tree::sync(&self.pristine, overlay, &self.source, &self.manifest)
@@ -262,12 +393,13 @@ impl Work {
         run::step(&cx.cache, &format!("build QEMU {}", self.version), ninja)?;
         targets
             .iter()
-            .try_for_each(|target| cache::replace(&self.stamp_of(target), &stamp))
+            .try_for_each(|target| cache::replace(&self.stamp_of(target), &stamp))?;
+        Ok(stamp)
     }
 
     fn stamp_of(&self, target: &str) -> PathBuf {
         self.build
-            .join(format!("{}.stamp", target.replace('/', "-")))
+            .join(format!("{}{}.stamp", target.replace('/', "-"), self.part))
     }
 
     /// Once for each set of arguments, of which the library's pkg-config file
@@ -306,8 +438,8 @@ fn in_front(dir: &Path, variable: &str) -> Result<OsString> {
     )?)
 }
 
-/// The user's own tree: its folder in the cache, its version, and itself.
-fn users_tree(cx: &Context, line: Line, tree: &Path) -> Result<(PathBuf, String, PathBuf)> {
+/// The user's own tree.
+fn users_tree(cx: &Context, line: Line, tree: &Path) -> Result<Tree> {
     let tree = tree
         .canonicalize()
         .with_context(|| format!("QEMU_SRC={}", tree.display()))?;
@@ -330,33 +462,103 @@ fn users_tree(cx: &Context, line: Line, tree: &Path) -> Result<(PathBuf, String,
         .text(tree.as_os_str().as_encoded_bytes())
         .finish();
     let dir = cx.cache.dir(format!("qemu/user-{}", &key[..8]))?;
-    Ok((dir, version, tree))
+    Ok(Tree {
+        dir,
+        version,
+        pristine: tree,
+        users: true,
+    })
 }
 
 /// The distribution's source of a line. What the cache has is kept unless
 /// --refresh asks for newer, so that a warm cache needs no network.
-fn fetched(cx: &Context, line: Line) -> Result<(PathBuf, String, PathBuf)> {
+fn fetched(cx: &Context, line: Line) -> Result<Tree> {
     let dir = cx.cache.dir(format!("qemu/{line}"))?;
-    let pristine = dir.join("pristine");
-    let record = dir.join("version");
-    let have = fs::read_to_string(&record)
-        .ok()
-        .filter(|_| pristine.exists());
+    let have = have(&dir);
     if let Some(version) = have.as_ref().filter(|_| !cx.refresh) {
-        return Ok((dir, version.clone(), pristine));
+        return Ok(Tree::fetched(dir, version.clone()));
     }
     match fetch(cx, line, have.as_deref(), &dir) {
-        Ok(version) => Ok((dir, version, pristine)),
+        Ok(version) => Ok(Tree::fetched(dir, version)),
         Err(error) => match have {
             Some(version) => {
                 eprintln!("  keeping QEMU {version}: {error:#}");
-                Ok((dir, version, pristine))
+                Ok(Tree::fetched(dir, version))
             }
             None => Err(error.context(NoSource::new(format!(
                 "no source of QEMU {line} can be had from the distribution"
             )))),
         },
     }
+}
+
+/// The version that a folder of the cache holds.
+fn have(dir: &Path) -> Option<String> {
+    fs::read_to_string(dir.join("version"))
+        .ok()
+        .filter(|_| dir.join("pristine").exists())
+}
+
+/// A QEMU newer than all lines, where the distribution has one and the hooks of
+/// the newest line fit it as they are. Otherwise says why not: nobody has to
+/// have it.
+fn newer(cx: &Context, extra: &[String]) -> Option<Build> {
+    if users_source().is_some() {
+        return None;
+    }
+    let line = Line::ALL[0];
+    // A warm cache needs no network.
+    let cold = have(&cx.cache.path(format!("qemu/{line}"))).is_none();
+    if (cx.refresh || cold)
+        && let Err(why) = fetch_newer(cx, line)
+    {
+        eprintln!("  no QEMU newer than line {line}: {why:#}");
+    }
+    let dir = cx.cache.path(NEWER);
+    let version = have(&dir)?;
+    let tree = Tree::fetched(dir, version.clone());
+    match build_tree(cx, line, tree, Kind::Patched(extra), &[SYSTEM]) {
+        Ok(build) => Some(build),
+        Err(why) => {
+            let why = format!("{why:#}");
+            let first = why.lines().next().unwrap_or_default();
+            eprintln!("  not QEMU {version}: {first}");
+            None
+        }
+    }
+}
+
+/// Fetches the newest version that is newer than a line and can be had.
+fn fetch_newer(cx: &Context, line: Line) -> Result<()> {
+    setup::packages(cx, setup::BUILD)?;
+    let dir = cx.cache.dir(NEWER)?;
+    let have = have(&dir);
+    let versions = cx.apt()?.source_versions("qemu")?;
+    for version in newer_than(&versions, line) {
+        if have.as_deref() == Some(version) {
+            return Ok(());
+        }
+        match cx.apt()?.source_if_any("qemu", version) {
+            Ok(dsc) => return unpack(cx, version, &dsc, &dir),
+            Err(why) => eprintln!("  QEMU {version} is listed, but cannot be had: {why:#}"),
+        }
+    }
+    bail!("the distribution lists none that can be had")
+}
+
+/// The versions that are newer than a line, newest first.
+fn newer_than(versions: &[String], line: Line) -> impl Iterator<Item = &str> {
+    let numbers = |version: &str| -> Vec<u32> {
+        version
+            .split('.')
+            .map_while(|number| number.parse().ok())
+            .collect()
+    };
+    let start = numbers(line.name());
+    versions.iter().map(String::as_str).filter(move |version| {
+        let version = upstream(version);
+        !line.covers(version) && numbers(version) > start
+    })
 }
 
 /// Fetches the newest version that can be downloaded and unpacked.
@@ -434,6 +636,37 @@ mod tests {
         assert_eq!(of(Line::V10_2), ["1:10.2.2+ds-1", "1:10.2.2+ds-1~bpo13+1"]);
         assert_eq!(of(Line::V10_0), ["1:10.0.13+ds-0+deb13u1"]);
         assert_eq!(upstream("10.0.0~rc2+ds-1"), "10.0.0");
+        let newer = |line| newer_than(&versions, line).collect::<Vec<_>>();
+        assert_eq!(newer(Line::V10_2), ["1:11.1.3+ds-1"]);
+        assert_eq!(newer(Line::V10_0).len(), 3);
+    }
+
+    /// The table of qemu-patches/README.md says what the patches do.
+    #[test]
+    fn each_line_is_in_the_table() -> Result<()> {
+        let patches = Path::new(env!("CARGO_MANIFEST_DIR")).join("../qemu-patches");
+        let readme = fs::read_to_string(patches.join("README.md"))?;
+        for line in Line::ALL {
+            let row = readme
+                .lines()
+                .find(|row| row.starts_with(&format!("| {line} |")))
+                .with_context(|| format!("there is no row for {line}"))?;
+            let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+            let hooks: String = tree::series(&patches.join(line.name()), &patches.join("files"))?
+                .iter()
+                .map(|step| fs::read_to_string(&step.patch))
+                .collect::<Result<_, _>>()?;
+            for (cell, file) in [(4, "tdx.c"), (5, "sev.c")] {
+                let hooked = hooks.contains(&format!("+++ b/target/i386/kvm/{file}"))
+                    || hooks.contains(&format!("+++ b/target/i386/{file}"));
+                let said = cells[cell] == "on a model";
+                assert_eq!(said, hooked, "{line} {file}");
+            }
+            let made_for = cells[1].rsplit(' ').next().unwrap_or_default();
+            assert!(line.covers(made_for), "{made_for} is none of {line}");
+            assert_eq!(cells[6], format!("`cargo xtask test --full --line {line}`"));
+        }
+        Ok(())
     }
 
     #[test]

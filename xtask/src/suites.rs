@@ -13,8 +13,10 @@ use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 use crate::Context;
+use crate::checkpatch;
 use crate::coverage;
 use crate::docs;
+use crate::full;
 use crate::header;
 use crate::lab::Lab;
 use crate::library;
@@ -54,6 +56,18 @@ pub enum Suite {
     Lab10_2,
     #[value(name = "lab-10.0")]
     Lab10_0,
+    #[value(name = "checkpatch-10.2")]
+    Checkpatch10_2,
+    #[value(name = "checkpatch-10.0")]
+    Checkpatch10_0,
+    #[value(name = "series-10.2")]
+    Series10_2,
+    #[value(name = "series-10.0")]
+    Series10_0,
+    #[value(name = "full-10.2")]
+    Full10_2,
+    #[value(name = "full-10.0")]
+    Full10_0,
 }
 
 impl Suite {
@@ -61,8 +75,23 @@ impl Suite {
         match self {
             Self::Qtest10_2 | Self::Lab10_2 => Some(Line::V10_2),
             Self::Qtest10_0 | Self::Lab10_0 => Some(Line::V10_0),
+            Self::Checkpatch10_2 | Self::Series10_2 | Self::Full10_2 => Some(Line::V10_2),
+            Self::Checkpatch10_0 | Self::Series10_0 | Self::Full10_0 => Some(Line::V10_0),
             _ => None,
         }
+    }
+
+    /// Whether it takes too long for every day.
+    fn only_in_full(self) -> bool {
+        matches!(
+            self,
+            Self::Checkpatch10_2
+                | Self::Checkpatch10_0
+                | Self::Series10_2
+                | Self::Series10_0
+                | Self::Full10_2
+                | Self::Full10_0
+        )
     }
 
     fn name(self) -> String {
@@ -84,6 +113,12 @@ impl Suite {
             Self::Qtest10_0 => qtests(cx, Line::V10_0),
             Self::Lab10_2 => lab(cx, Line::V10_2, lab_tests),
             Self::Lab10_0 => lab(cx, Line::V10_0, lab_tests),
+            Self::Checkpatch10_2 => checkpatch::suite(cx, Line::V10_2),
+            Self::Checkpatch10_0 => checkpatch::suite(cx, Line::V10_0),
+            Self::Series10_2 => full::series(cx, Line::V10_2),
+            Self::Series10_0 => full::series(cx, Line::V10_0),
+            Self::Full10_2 => full::suite(cx, Line::V10_2),
+            Self::Full10_0 => full::suite(cx, Line::V10_0),
         }
     }
 }
@@ -91,9 +126,9 @@ impl Suite {
 /// What came of a suite's tests; failures and skips with name and reason.
 #[derive(Debug, Default, PartialEq)]
 pub struct Tally {
-    passed: usize,
-    failed: Vec<String>,
-    skipped: Vec<String>,
+    pub passed: usize,
+    pub failed: Vec<String>,
+    pub skipped: Vec<String>,
 }
 
 impl Tally {
@@ -128,7 +163,7 @@ impl Tally {
         self
     }
 
-    fn add(&mut self, other: Self) {
+    pub fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
@@ -144,15 +179,32 @@ impl Tally {
     }
 }
 
-pub fn run(cx: &Context, only: &[Suite], line: Option<Line>, lab_tests: &[String]) -> ExitCode {
+/// Which suites run.
+pub struct Chosen {
+    /// By name; all of the everyday ones if there are none.
+    pub suite: Vec<Suite>,
+    /// Those that are not for every day, too.
+    pub full: bool,
+    /// Those of this line, and of none.
+    pub line: Option<Line>,
+}
+
+impl Chosen {
+    fn has(&self, suite: Suite) -> bool {
+        let named = match self.suite.as_slice() {
+            [] => self.full || !suite.only_in_full(),
+            some => some.contains(&suite) || (self.full && suite.only_in_full()),
+        };
+        let of_line = |of| self.line.is_none_or(|line| line == of);
+        named && suite.line().is_none_or(of_line)
+    }
+}
+
+pub fn run(cx: &Context, chosen: &Chosen, lab_tests: &[String]) -> ExitCode {
     let mut total = Tally::default();
     let mut sources = Sources::default();
     for suite in Suite::value_variants() {
-        let chosen = only.is_empty() || only.contains(suite);
-        let of_line = suite
-            .line()
-            .is_none_or(|of| line.is_none_or(|line| line == of));
-        if !chosen || !of_line {
+        if !chosen.has(*suite) {
             continue;
         }
         let started = Instant::now();
@@ -210,7 +262,7 @@ fn settled(result: Result<Tally>) -> Tally {
 
 fn report(suite: Suite, tally: &Tally, time: Duration) {
     let seconds = time.as_secs_f32();
-    println!("{:<11} {} ({seconds:.1} s)", suite.name(), tally.counts());
+    println!("{:<15} {} ({seconds:.1} s)", suite.name(), tally.counts());
     for (what, names) in [("failed", &tally.failed), ("skipped", &tally.skipped)] {
         for name in names {
             println!("    {what}: {}", name.replace('\n', "\n        "));
@@ -524,6 +576,22 @@ mod tests {
         assert_eq!(tally.passed, 1);
         assert_eq!(tally.skipped, ["/x86_64/private/hole: no memfd"]);
         assert_eq!(tally.failed, ["/x86_64/private/alias", "Bail out! ERROR"]);
+    }
+
+    #[test]
+    fn the_everyday_run_stays_short() {
+        let chosen = |suite: &[Suite], full, line| {
+            let suite = suite.to_vec();
+            let chosen = Chosen { suite, full, line };
+            let all = Suite::value_variants().iter().copied();
+            all.filter(|suite| chosen.has(*suite)).collect::<Vec<_>>()
+        };
+        let everyday = chosen(&[], false, None);
+        assert!(everyday.contains(&Suite::Lab10_0) && !everyday.contains(&Suite::Series10_0));
+        assert_eq!(chosen(&[], true, None), Suite::value_variants());
+        let of_line = chosen(&[], true, Some(Line::V10_2));
+        assert!(of_line.contains(&Suite::Full10_2) && !of_line.contains(&Suite::Full10_0));
+        assert_eq!(chosen(&[Suite::Full10_0], false, None), [Suite::Full10_0]);
     }
 
     #[test]

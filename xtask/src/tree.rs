@@ -24,12 +24,68 @@ pub struct Overlay {
     aside: TempDir,
 }
 
-/// Patch files in the order in which they apply.
-pub fn series(dir: &Path) -> Result<Vec<PathBuf>> {
-    let path = dir.join("series");
-    let text =
-        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(names(&text).map(|name| dir.join(name)).collect())
+/// A patch, and the new files that come with it, by their place in the tree.
+pub struct Step {
+    pub patch: PathBuf,
+    additions: BTreeMap<PathBuf, PathBuf>,
+}
+
+/// The steps of a series in the order in which they apply. A new file below
+/// `files` comes with the first patch that names it, so that every part of the
+/// series has the files that it builds; one that none names, with the last.
+pub fn series(dir: &Path, files: &Path) -> Result<Vec<Step>> {
+    let text = read(&dir.join("series"))?;
+    let mut left = additions(files)?;
+    let mut steps = Vec::new();
+    for name in names(&text) {
+        let patch = dir.join(name);
+        let named = named(&read(&patch)?);
+        let comes = |path: &Path| named.contains(path) || named.contains(&path.with_extension(""));
+        let (additions, rest) = left.into_iter().partition(|(path, _)| comes(path));
+        left = rest;
+        steps.push(Step { patch, additions });
+    }
+    if let Some(last) = steps.last_mut() {
+        last.additions.append(&mut left);
+    }
+    Ok(steps)
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn additions(files: &Path) -> Result<BTreeMap<PathBuf, PathBuf>> {
+    let mut found = BTreeMap::new();
+    for entry in walk(files) {
+        let entry = entry?;
+        if entry.file_type().is_file() {
+            let path = entry.path().strip_prefix(files)?.to_owned();
+            found.insert(path, entry.into_path());
+        }
+    }
+    Ok(found)
+}
+
+/// The paths that the lines which a patch adds may name, without a suffix where
+/// those have none. A name is what stands in quotes, as Meson, C and QAPI have
+/// it, or alone, as documents list others. It is of the folder of the file that
+/// names it, or a header's.
+fn named(patch: &str) -> BTreeSet<PathBuf> {
+    let mut dir = Path::new("");
+    let mut found = BTreeSet::new();
+    for line in patch.lines() {
+        if let Some(path) = line.strip_prefix("+++ b/") {
+            dir = Path::new(path).parent().unwrap_or(dir);
+        } else if let Some(line) = line.strip_prefix('+') {
+            let quoted = ['\'', '"'].map(|quote| line.split(quote).skip(1).step_by(2));
+            let words = quoted.into_iter().flatten().chain([line.trim()]);
+            for word in words.filter(|word| !word.is_empty()) {
+                found.extend([dir.join(word), Path::new("include").join(word)]);
+            }
+        }
+    }
+    found
 }
 
 fn names(series: &str) -> impl Iterator<Item = &str> {
@@ -40,15 +96,13 @@ fn names(series: &str) -> impl Iterator<Item = &str> {
 }
 
 impl Overlay {
-    /// Applies `patches` to copies of the files they touch, then adds the new
-    /// files below `additions`. A patch must fit as it is, without fuzz.
-    pub fn new(pristine: &Path, patches: &[PathBuf], additions: &Path) -> Result<Self> {
+    /// Applies the patches to copies of the files they touch, and adds the new
+    /// files that come with them. A patch must fit as it is, without fuzz.
+    pub fn new(pristine: &Path, series: &[Step]) -> Result<Self> {
         let aside = tempfile::tempdir()?;
         let mut files = BTreeMap::new();
-        for patch in patches {
-            let text = fs::read_to_string(patch)
-                .with_context(|| format!("cannot read {}", patch.display()))?;
-            for path in touched(&text) {
+        for step in series {
+            for path in touched(&read(&step.patch)?) {
                 let copy = aside.path().join(&path);
                 if !copy.exists() && pristine.join(&path).exists() {
                     create_parent(&copy)?;
@@ -56,16 +110,22 @@ impl Overlay {
                 }
                 files.insert(path, copy);
             }
-            apply(patch, aside.path())?;
-        }
-        for entry in walk(additions) {
-            let entry = entry?;
-            if entry.file_type().is_file() {
-                let path = entry.path().strip_prefix(additions)?.to_owned();
-                files.insert(path, entry.into_path());
-            }
+            apply(&step.patch, aside.path())?;
+            files.extend(step.additions.clone());
         }
         Ok(Self { files, aside })
+    }
+
+    /// The way from an earlier part of the same series to this one, in git's
+    /// format and with the context that people are used to.
+    pub fn since(&self, before: &Self, pristine: &Path) -> Result<String> {
+        let mut text = String::new();
+        for (path, new) in &self.files {
+            let earlier = before.files.get(path).cloned();
+            let old = earlier.unwrap_or_else(|| pristine.join(path));
+            text += &difference(&path.display().to_string(), &old, new)?;
+        }
+        Ok(text)
     }
 
     pub fn stamp(&self, stamp: &mut Stamp) -> Result<()> {
@@ -75,6 +135,24 @@ impl Overlay {
                 .file(content)?;
         }
         Ok(())
+    }
+}
+
+fn difference(path: &str, old: &Path, new: &Path) -> Result<String> {
+    let (from, mode) = match old.exists() {
+        true => (format!("a/{path}"), ""),
+        false => ("/dev/null".to_owned(), "new file mode 100644\n"),
+    };
+    let output = Command::new("diff")
+        .args(["-uN", "--label", &from, "--label", &format!("b/{path}")])
+        .args([old, new])
+        .output()
+        .context("cannot run diff")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match output.status.code() {
+        Some(0) => Ok(String::new()),
+        Some(1) => Ok(format!("diff --git a/{path} b/{path}\n{mode}{text}")),
+        _ => bail!("diff: {}", String::from_utf8_lossy(&output.stderr).trim()),
     }
 }
 
@@ -224,7 +302,8 @@ mod tests {
 
     const PATCH: &str = "Subject: say two\n---\n hello | 2 +-\n\n\
                          diff --git a/hello b/hello\n--- a/hello\n+++ b/hello\n\
-                         @@ -1,3 +1,3 @@\n above\n-one\n+two\n below\n";
+                         @@ -1,3 +1,3 @@\n above\n-one\n+say 'new/two'\n below\n";
+    const PATCHED: &str = "above\nsay 'new/two'\nbelow\n";
 
     fn project() -> Result<TempDir> {
         let dir = tempfile::tempdir()?;
@@ -233,14 +312,15 @@ mod tests {
         }
         fs::write(dir.path().join("pristine/hello"), "above\none\nbelow\n")?;
         fs::write(dir.path().join("pristine/sub/other"), "other\n")?;
-        fs::write(dir.path().join("files/new/file"), "new\n")?;
+        fs::write(dir.path().join("files/new/two.c"), "new\n")?;
         fs::write(dir.path().join("say-two.patch"), PATCH)?;
+        fs::write(dir.path().join("series"), "say-two.patch\n")?;
         Ok(dir)
     }
 
-    fn bring_up(dir: &Path, patches: &[PathBuf]) -> Result<()> {
+    fn bring_up(dir: &Path) -> Result<()> {
         let pristine = dir.join("pristine");
-        let overlay = Overlay::new(&pristine, patches, &dir.join("files"))?;
+        let overlay = Overlay::new(&pristine, &series(dir, &dir.join("files"))?)?;
         sync(
             &pristine,
             &overlay,
@@ -259,6 +339,48 @@ mod tests {
     }
 
     #[test]
+    fn new_files_come_with_the_patch_that_names_them() -> Result<()> {
+        let dir = project()?;
+        let files = dir.path().join("files");
+        let steps = series(dir.path(), &files)?;
+        let of = |step: &Step| step.additions.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(
+            steps.iter().map(of).collect::<Vec<_>>(),
+            [[PathBuf::from("new/two.c")]]
+        );
+        let patch = "+++ b/qapi/x.json\n+{ 'include': 'y.json' }\n-'gone'\n\
+                     +++ b/docs/index.rst\n+   y\n+++ b/a.c\n+#include \"s/y.h\"\n+ of ''\n";
+        let found = named(patch);
+        for path in ["qapi/y.json", "docs/y", "include/s/y.h"] {
+            assert!(found.contains(Path::new(path)), "{path}");
+        }
+        for path in ["qapi/gone", "docs/y.json", "system/y", ""] {
+            assert!(!found.contains(Path::new(path)), "{path}");
+        }
+
+        fs::write(files.join("stray"), "")?;
+        let steps = series(dir.path(), &files)?;
+        assert!(steps[0].additions.contains_key(Path::new("stray")));
+        Ok(())
+    }
+
+    #[test]
+    fn a_step_is_shown_as_git_shows_it() -> Result<()> {
+        let dir = project()?;
+        let pristine = dir.path().join("pristine");
+        let steps = series(dir.path(), &dir.path().join("files"))?;
+        let none = Overlay::new(&pristine, &[])?;
+        let all = Overlay::new(&pristine, &steps)?;
+        let shown = all.since(&none, &pristine)?;
+        let new = "diff --git a/new/two.c b/new/two.c\nnew file mode 100644\n\
+                   --- /dev/null\n+++ b/new/two.c\n@@ -0,0 +1 @@\n+new\n";
+        let (_, changed) = PATCH.split_once("\n\n").unwrap_or_default();
+        assert_eq!(shown, format!("{changed}{new}"));
+        assert_eq!(all.since(&all, &pristine)?, "");
+        Ok(())
+    }
+
+    #[test]
     fn patches_say_what_they_touch() {
         let added = "--- /dev/null\n+++ b/x/new\n@@ -0,0 +1 @@\n+--- a/decoy\n";
         assert_eq!(touched(PATCH), BTreeSet::from(["hello".into()]));
@@ -269,20 +391,18 @@ mod tests {
     fn changes_come_and_go_and_leave_the_rest_alone() -> Result<()> {
         let dir = project()?;
         let work = dir.path().join("work");
-        bring_up(dir.path(), &[dir.path().join("say-two.patch")])?;
-        assert_eq!(
-            fs::read_to_string(work.join("hello"))?,
-            "above\ntwo\nbelow\n"
-        );
-        assert_eq!(fs::read_to_string(work.join("new/file"))?, "new\n");
+        bring_up(dir.path())?;
+        assert_eq!(fs::read_to_string(work.join("hello"))?, PATCHED);
+        assert_eq!(fs::read_to_string(work.join("new/two.c"))?, "new\n");
         let time = |name: &str| -> Result<_> { Ok(fs::metadata(work.join(name))?.modified()?) };
         let (patched, other) = (time("hello")?, time("sub/other")?);
 
-        bring_up(dir.path(), &[dir.path().join("say-two.patch")])?;
+        bring_up(dir.path())?;
         assert_eq!((time("hello")?, time("sub/other")?), (patched, other));
 
-        fs::remove_file(dir.path().join("files/new/file"))?;
-        bring_up(dir.path(), &[])?;
+        fs::remove_file(dir.path().join("files/new/two.c"))?;
+        fs::write(dir.path().join("series"), "")?;
+        bring_up(dir.path())?;
         assert_eq!(
             fs::read_to_string(work.join("hello"))?,
             "above\none\nbelow\n"
@@ -292,7 +412,7 @@ mod tests {
             "ninja must see that it changed back"
         );
         assert_eq!(time("sub/other")?, other);
-        assert!(!work.join("new/file").exists());
+        assert!(!work.join("new/two.c").exists());
         Ok(())
     }
 
@@ -300,7 +420,7 @@ mod tests {
     fn a_patch_that_needs_fuzz_is_refused_by_name() -> Result<()> {
         let dir = project()?;
         fs::write(dir.path().join("pristine/hello"), "changed\none\nbelow\n")?;
-        let error = bring_up(dir.path(), &[dir.path().join("say-two.patch")]).unwrap_err();
+        let error = bring_up(dir.path()).unwrap_err();
         assert!(
             error.to_string().contains("say-two.patch does not apply"),
             "{error}"

@@ -277,7 +277,7 @@ static void private_backend_reset(void *opaque)
     memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
 
-/* The size of the shared store's huge pages, 0 without: by default the host's. */
+/* The shared store's size of huge pages, 0 without; by default the host's */
 static bool private_backend_huge_page(HostMemoryBackendPrivate *m,
                                       uint64_t *size, Error **errp)
 {

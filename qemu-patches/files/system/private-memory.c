@@ -348,7 +348,7 @@ void *private_memory_place(AddressSpace *as, hwaddr addr, hwaddr *len)
 {
     MemoryRegionSection section;
 
-    /* With emulation, others can map it; address spaces change under the BQL. */
+    /* With emulation others can map it; address spaces change under the BQL */
     if (!private_memory_enabled() || !bql_locked()) {
         return NULL;
     }

@@ -8,7 +8,9 @@
 #include <sys/resource.h>
 #include <glib/gstdio.h>
 #include "libqtest.h"
+#include "qapi/error.h"
 #include "qobject/qdict.h"
+#include "qobject/qjson.h"
 #include "qobject/qlist.h"
 #include "qobject/qnum.h"
 #include "qemu/units.h"
@@ -131,14 +133,21 @@ static void assert_figure(QTestState *qts, const char *id, const char *name,
     qobject_unref(info);
 }
 
+/* Arguments put together from text, which may not be a format. */
+static QDict *execute(QTestState *qts, const char *command,
+                      const char *arguments)
+{
+    return qtest_qmp(qts, "{ 'execute': %s, 'arguments': %p }", command,
+                     qobject_from_json(arguments, &error_abort));
+}
+
 static QDict *add(QTestState *qts, const char *properties)
 {
-    g_autofree char *command = g_strdup_printf(
-        "{ 'execute': 'object-add', 'arguments': "
-        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s } }",
+    g_autofree char *arguments = g_strdup_printf(
+        "{ 'qom-type': 'memory-backend-private', 'id': 'm', %s }",
         properties);
 
-    return qtest_qmp(qts, command);
+    return execute(qts, "object-add", arguments);
 }
 
 /* What is known of 'ram0' with @limit extents from @start on. */
@@ -326,11 +335,11 @@ static void test_bad_queries(void)
         "-object memory-backend-ram,id=other,size=64M");
 
     for (int i = 0; i < ARRAY_SIZE(queries); i++) {
-        g_autofree char *command = g_strdup_printf(
-            "{ 'execute': 'query-private-memory', 'arguments': { %s } }",
-            queries[i].arguments);
+        g_autofree char *arguments = g_strdup_printf("{ %s }",
+                                                     queries[i].arguments);
 
-        assert_error(qtest_qmp(qts, command), queries[i].word, NULL);
+        assert_error(execute(qts, "query-private-memory", arguments),
+                     queries[i].word, NULL);
     }
     qtest_quit(qts);
 }
@@ -517,12 +526,11 @@ static void test_numa(void)
 static QDict *relocate(QTestState *qts, uint64_t address, uint64_t size,
                        const char *more)
 {
-    g_autofree char *command = g_strdup_printf(
-        "{ 'execute': 'x-private-memory-relocate', 'arguments': "
-        "{ 'address': %" PRIu64 ", 'size': %" PRIu64 " %s } }",
+    g_autofree char *arguments = g_strdup_printf(
+        "{ 'address': %" PRIu64 ", 'size': %" PRIu64 " %s }",
         address, size, more);
 
-    return qtest_qmp(qts, command);
+    return execute(qts, "x-private-memory-relocate", arguments);
 }
 
 static void test_relocate(void)
@@ -877,8 +885,8 @@ static void wait_for_job(QTestState *qts)
 
     do {
         QDict *response = qtest_qmp(qts, "{ 'execute': 'query-jobs' }");
-        QListEntry *entry = qlist_first(qdict_get_qlist(response, "return"));
-        QDict *job = qobject_to(QDict, qlist_entry_obj(entry));
+        QList *jobs = qdict_get_qlist(response, "return");
+        QDict *job = qobject_to(QDict, qlist_entry_obj(qlist_first(jobs)));
 
         g_assert_cmpstr(qdict_get_try_str(job, "error"), ==, NULL);
         g_assert_cmpint(g_get_monotonic_time(), <, deadline);
@@ -1176,24 +1184,28 @@ static void test_dump(void)
     qtest_quit(qts);
 }
 
-/* QEMU ends at once, with a message that has @words. */
-static void assert_no_start(const char *options, const char *const *words)
+/* QEMU ends at once, with a message that has the words up to a NULL. */
+static void G_GNUC_NULL_TERMINATED assert_no_start(const char *options, ...)
 {
     g_autofree char *command = g_strdup_printf(
         "%s -M q35 -nodefaults -display none -accel qtest -m 64M -bios %s %s",
         g_getenv("QTEST_QEMU_BINARY"), firmware_file, options);
     g_autofree char *text = NULL;
+    const char *word;
+    va_list words;
     int status;
 
     g_assert_true(g_spawn_command_line_sync(command, NULL, &text, &status,
                                             NULL));
     g_assert_true(WIFEXITED(status));
     g_assert_cmpint(WEXITSTATUS(status), ==, 1);
-    for (; *words; words++) {
-        if (!strstr(text, *words)) {
-            g_error("no '%s' in: %s", *words, text);
+    va_start(words, options);
+    while ((word = va_arg(words, const char *))) {
+        if (!strstr(text, word)) {
+            g_error("no '%s' in: %s", word, text);
         }
     }
+    va_end(words);
 }
 
 static void test_bad_command_lines(void)
@@ -1202,17 +1214,16 @@ static void test_bad_command_lines(void)
                     "-machine confidential-guest-support=cgs0,"
                     "memory-backend=ram0 -object "
                     "memory-backend-private,id=ram0,size=64M,emulate=on",
-                    (const char *[]) { "'ram0'", "'emulate'",
-                                       "confidential guest", "leave", NULL });
+                    "'ram0'", "'emulate'", "confidential guest", "leave", NULL);
     assert_no_start("-smp 2 -object "
                     "memory-backend-private,id=ram0,size=32M,emulate=on "
                     "-numa node,memdev=ram0 -numa node,memdev=ram0",
-                    (const char *[]) { "ram0", "multiple times", NULL });
+                    "ram0", "multiple times", NULL);
     assert_no_start("-m 64M,maxmem=1G -object "
                     "memory-backend-private,id=p0,size=64M,emulate=on "
                     "-device virtio-mem-pci,memdev=p0",
-                    (const char *[]) { "'memdev'", "memory-backend-private",
-                                       "another memory backend", NULL });
+                    "'memdev'", "memory-backend-private",
+                    "another memory backend", NULL);
 }
 
 static uint16_t wait_for_change(QTestState *qts, uint64_t address,
