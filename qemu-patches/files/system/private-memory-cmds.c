@@ -483,13 +483,14 @@ static void stats_cb(StatsResultList **result, StatsTarget target,
         return;
     }
     object_child_foreach(object_get_objects_root(), sum_object, sums);
-    for (int i = 0; i < ARRAY_SIZE(figures); i++) {
+    /* Each is put in front of the others. */
+    add_latency(&list, names);
+    add_scalar(&list, names, FAULTS, stat64_get(&private_memory_stats.faults));
+    for (int i = ARRAY_SIZE(figures) - 1; i >= 0; i--) {
         if (sums[i] != PRIVMEM_UNKNOWN) {
             add_scalar(&list, names, figures[i].name, sums[i]);
         }
     }
-    add_scalar(&list, names, FAULTS, stat64_get(&private_memory_stats.faults));
-    add_latency(&list, names);
     if (list) {
         add_stats_entry(result, STATS_PROVIDER_PRIVATE_MEMORY, NULL, list);
     }
