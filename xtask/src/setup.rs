@@ -36,7 +36,8 @@ pub const BUILD: &[&str] = &[
 /// To check the header and the C clients with both compilers and valgrind.
 pub const COMPILERS: &[&str] = &["build-essential", "clang", "pkg-config", "valgrind"];
 
-const MESON: &str = "meson>=1.5";
+/// To build QEMU, and to run its functional tests.
+const PYTHON: &[&str] = &["meson>=1.5", "pycotap"];
 
 /// Installs what is missing, as root or through sudo.
 pub fn packages(cx: &Context, wanted: &[&str]) -> Result<()> {
@@ -104,19 +105,24 @@ fn way_to_root() -> Option<&'static [&'static str]> {
     can_be_asked.then_some(&["sudo"])
 }
 
-/// The folder with a new enough meson, to be put first in PATH.
+/// The folder with a new enough meson, and a python3 that runs QEMU's functional
+/// tests; to be put first in PATH.
 pub fn meson(cx: &Context) -> Result<PathBuf> {
     let venv = cx.cache.path("venv");
     let bin = venv.join("bin");
-    if run::ask(Command::new(bin.join("meson")).arg("--version")).is_ok() {
+    let meson = run::ask(Command::new(bin.join("meson")).arg("--version"));
+    let pycotap = run::ask(Command::new(bin.join("python3")).args(["-c", "import pycotap"]));
+    if meson.is_ok() && pycotap.is_ok() {
         return Ok(bin);
     }
     let mut create = Command::new("python3");
     create.args(["-m", "venv", "--clear"]).arg(&venv);
     run::step(&cx.cache, "make a Python environment", create)?;
     let mut install = Command::new(bin.join("python3"));
-    install.args(["-m", "pip", "install", "--disable-pip-version-check", MESON]);
-    run::step(&cx.cache, "install meson", install)?;
+    install
+        .args(["-m", "pip", "install", "--disable-pip-version-check"])
+        .args(PYTHON);
+    run::step(&cx.cache, "install meson and pycotap", install)?;
     Ok(bin)
 }
 

@@ -483,10 +483,30 @@ fn qtests(cx: &Context, line: Line) -> Result<Tally> {
         .args(["--tap", "-k"])
         .current_dir(&build.dir)
         .env("QTEST_QEMU_BINARY", build.system());
-    let label = format!("qtest {line}");
-    let ended = run::attempt(&cx.cache, &label, command)?;
+    let mut tally = tap_program(cx, &format!("qtest {line}"), command)?;
+    tally.add(functional(cx, &build)?);
+    Ok(tally)
+}
+
+/// Our test in QEMU's own framework, with the private memory of this host if it
+/// has any.
+fn functional(cx: &Context, build: &qemu::Build) -> Result<Tally> {
+    let tests = build.source.join("tests/functional");
+    let modules = [build.source.join("python"), tests.clone()];
+    let mut command = Command::new(setup::meson(cx)?.join("python3"));
+    command
+        .arg(tests.join("x86_64/test_private_memory.py"))
+        .current_dir(&build.dir)
+        .env("PYTHONPATH", std::env::join_paths(modules)?)
+        .env("QEMU_TEST_QEMU_BINARY", build.system())
+        .env("QEMU_BUILD_ROOT", &build.dir);
+    tap_program(cx, &format!("functional test {}", build.line), command)
+}
+
+fn tap_program(cx: &Context, label: &str, command: Command) -> Result<Tally> {
+    let ended = run::attempt(&cx.cache, label, command)?;
     let log = fs::read_to_string(&ended.log)?;
-    Ok(tap(&log).ended(&label, ended.success))
+    Ok(tap(&log).ended(label, ended.success))
 }
 
 /// Counts the lines of the Test Anything Protocol, as GLib writes it.
