@@ -65,7 +65,7 @@ struct privmem_vm *private_memory_vm(bool emulate, Error **errp);
 struct privmem_vm *private_memory_current_vm(void);
 PrivateMemoryAgent private_memory_agent(void);
 
-/* Requests that took from 2^(i-1) ns up to 2^i ns, by i; the last also longer. */
+/* Requests that took from 2^(i-1) ns up to 2^i ns, by i; the last and longer */
 #define PRIVATE_MEMORY_LATENCIES 40
 
 /* Written on any thread. */

@@ -626,7 +626,7 @@ static void test_hmp(void)
     qtest_quit(qts);
 }
 
-/* The bar has as many cells as are asked for, and lines fit narrow terminals. */
+/* The bar has as many cells as are asked for; lines fit narrow terminals. */
 static void test_hmp_width(void)
 {
     QTestState *qts = start();
