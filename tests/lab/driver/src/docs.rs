@@ -5,8 +5,8 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::Lab;
 use crate::machine::{Launch, OUR_GUEST};
+use crate::{Lab, host};
 
 /// Written by `xtask/src/docs.rs`.
 const COMMANDS: &str = "/docs/commands.json";
@@ -23,6 +23,8 @@ pub fn run(lab: &Lab) -> Result<()> {
     let commands = fs::read_to_string(COMMANDS).context(COMMANDS)?;
     let commands: Vec<Documented> = serde_json::from_str(&commands)?;
     ensure!(!commands.is_empty(), "the documents have no commands");
+    // Some of them want huge pages.
+    let _pool = host::HugePages::reserve(64)?;
     for documented in commands {
         println!("  {}: {}", documented.at, documented.command);
         start(lab, &documented).with_context(|| documented.at)?;
