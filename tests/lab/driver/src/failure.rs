@@ -90,7 +90,11 @@ fn untold(lab: &Lab, side: Side) -> Result<()> {
     reset(&mut machine)?;
     machine.check_zero(FAILED, 1)?;
     still_converts(&mut machine)?;
-    machine.finish()
+    let log = machine.finish_with_log()?;
+    for reason in ["has failed; the VM stops and must be reset", "CR4.MCE"] {
+        ensure!(log.contains(reason), "the log lacks '{reason}': {log}");
+    }
+    Ok(())
 }
 
 /// What nobody touches before it goes to the other side nobody misses. (The guest has machine checks

@@ -368,7 +368,12 @@ impl Machine {
     }
 
     /// Ends the guest by its own hand and checks that QEMU ends with its status.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(self) -> Result<()> {
+        self.finish_with_log().map(drop)
+    }
+
+    /// As [`Machine::finish`]; gives what QEMU wrote to stderr.
+    pub fn finish_with_log(mut self) -> Result<String> {
         self.send("exit 21")?;
         let status = self.process.wait()?;
         ensure!(
@@ -376,7 +381,7 @@ impl Machine {
             "QEMU ended with {status} (signal {:?})",
             status.signal()
         );
-        Ok(())
+        Ok(self.process.stderr())
     }
 
     /// QEMU ends by itself with an error; gives what it wrote to stderr.
