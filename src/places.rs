@@ -137,6 +137,7 @@ impl Taken {
     pub(crate) fn release(&self, file: FileId, stretch: Range) {
         let mut stretches = self.stretches();
         let all = stretches.range(..=(file, stretch.start())).next_back();
+        let all = all.filter(|((of, _), all)| *of == file && all.overlaps(&stretch));
         let Some((key, all)) = all.map(|(key, all)| (*key, *all)) else {
             return;
         };
@@ -201,7 +202,12 @@ impl Region {
                     store,
                     file,
                 };
-                self.vm.map_part(self, &home)?;
+                // Some kernels unmap the old place before they find that they
+                // cannot map the new one. It reads zero as well.
+                let back = || part.cut(offsets).map(|old| self.vm.map_part(self, &old));
+                self.vm
+                    .map_part(self, &home)
+                    .inspect_err(|_| drop(back()))?;
             }
             self.forget_places(part.offsets);
         }

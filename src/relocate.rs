@@ -62,7 +62,7 @@ pub enum Destination<'a> {
 /// What a move has done.
 #[derive(Default)]
 struct Done {
-    /// Of how many parts the guest is held off, and by what.
+    /// Of how many parts the guest may be held off, and by what.
     parts: usize,
     blocked: Vec<Blocked>,
     /// The new place may be what the guest sees.
@@ -236,9 +236,10 @@ impl<'a> Request<'a> {
             // The kernel cannot block what lies on a disk: its new place is
             // mapped there at once, and whoever touches that waits.
             let over = (!run[0].is_in_memory()).then(|| self.place_in(to, &run[0]));
+            // Even if it fails: it may have unmapped the old place by then.
+            done.parts += run.len();
             let blocked = region.vm.block(region, offsets, over.as_ref())?;
             done.blocked.extend(blocked);
-            done.parts += run.len();
         }
         for part in old {
             region.vm.agent.relocate(Move {
@@ -285,14 +286,26 @@ impl<'a> Request<'a> {
 
     /// Puts the guest back on the old places; the new one is emptied.
     fn undo(&self, old: &[Part], to: &Part, done: &Done, cause: Error) -> Error {
-        let mut stranded = 0;
-        for (index, part) in old.iter().enumerate() {
-            // Some kernels unmap the old place before they find that they
-            // cannot map the new one.
-            let shown = done.mapped || index < done.parts && !part.is_in_memory();
-            if shown && self.region.vm.map_part(self.region, part).is_err() {
-                stranded += part.offsets.len();
+        let region = self.region;
+        // Some kernels unmap the old place before they find that they cannot
+        // map the new one: all of it, with what was at home already.
+        let shown: Vec<Part> = match done.mapped {
+            true => region.parts(Side::Private, self.offsets).collect(),
+            false => {
+                let blocked = old.iter().take(done.parts);
+                blocked
+                    .filter(|part| !part.is_in_memory())
+                    .cloned()
+                    .collect()
             }
+        };
+        let back = |part: &&Part| region.vm.map_part(region, part).is_err();
+        let stranded: u64 = shown
+            .iter()
+            .filter(back)
+            .map(|part| part.offsets.len())
+            .sum();
+        for part in old {
             let _ = self.place_in(to, part).punch();
         }
         if stranded == 0 {

@@ -438,6 +438,45 @@ fn when_all_calls_fail_from_one_on_contents_can_still_be_had() {
     }
 }
 
+/// Where a mapping that fails leaves a hole, all of it is mapped again: what was
+/// moved, and what was at home already.
+#[test]
+fn no_hole_stays_where_a_mapping_fails() {
+    const LARGE: u64 = 512;
+    let Some(setup) = private_setup(LARGE) else {
+        return;
+    };
+    let fd = memfd(LARGE);
+    (0..LARGE).for_each(|granule| setup.write(granule, 1 + granule));
+    setup.relocate(7, place(&fd, 7)).unwrap();
+    setup.kernel.leave_holes();
+    let home = || setup.vm.relocate(0, Level::Size2M, Destination::Home);
+    fail_at_map_fixed(&setup, || home().map_err(|error| error.errno()));
+    (0..LARGE).for_each(|granule| assert_eq!(setup.read(granule), 1 + granule));
+    assert_eq!(setup.region.info().relocated, GRANULE);
+
+    let discard = || setup.region.discard(7 * GRANULE, GRANULE);
+    fail_at_map_fixed(&setup, || discard().map_err(|error| error.errno()));
+    assert_eq!((setup.read(6), setup.read(7), setup.read(8)), (7, 0, 9));
+    home().unwrap();
+    assert_eq!(setup.region.info().relocated, 0);
+}
+
+/// Has the first mapping of what is done fail.
+fn fail_at_map_fixed(setup: &Setup, work: impl Fn() -> Result<(), i32>) {
+    for number in 0.. {
+        setup.kernel.set_fail(Fail::Once(number, libc::ENOMEM));
+        let result = work();
+        let failed = setup.kernel.calls().get(number).copied();
+        setup.kernel.set_fail(Fail::Never);
+        if failed == Some("map_fixed") {
+            assert_eq!(result, Err(libc::ENOMEM));
+            return;
+        }
+        assert!(failed.is_some(), "nothing is mapped");
+    }
+}
+
 #[test]
 fn a_large_page_moves_at_once_from_wherever_it_lies() {
     const LARGE: u64 = 512;

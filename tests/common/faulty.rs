@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_sev_snp_launch_update;
@@ -14,11 +15,17 @@ use super::Fail;
 
 /// Calls that change memory or mappings, or ask what a file is, are counted and
 /// may fail; all are the kernel's own otherwise.
-pub struct Faulty(Mutex<(Fail, Vec<&'static str>)>);
+pub struct Faulty(Mutex<(Fail, Vec<&'static str>)>, AtomicBool);
 
 impl Faulty {
     pub fn new() -> Arc<Faulty> {
-        Arc::new(Faulty(Mutex::new((Fail::Never, Vec::new()))))
+        let calls = Mutex::new((Fail::Never, Vec::new()));
+        Arc::new(Faulty(calls, AtomicBool::new(false)))
+    }
+
+    /// From now on a mapping that fails leaves a hole, as some kernels do.
+    pub fn leave_holes(&self) {
+        self.1.store(true, Ordering::Relaxed);
     }
 
     pub fn set_fail(&self, fail: Fail) {
@@ -127,7 +134,15 @@ impl Kernel for Faulty {
     }
 
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()> {
-        self.call("map_fixed")?;
+        if let Err(error) = self.call("map_fixed") {
+            if self.1.load(Ordering::Relaxed) {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+                let (at, size) = (host as *mut _, offsets.len() as usize);
+                // SAFETY: as above; nobody may touch it.
+                unsafe { libc::mmap(at, size, libc::PROT_NONE, flags, -1, 0) };
+            }
+            return Err(error);
+        }
         // SAFETY: as above.
         unsafe { Linux.map_fixed(host, fd, offsets) }
     }

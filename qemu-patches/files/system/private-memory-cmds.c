@@ -353,8 +353,9 @@ static void print_failed_conversions(Monitor *mon)
     if (list) {
         monitor_printf(mon, "last failed conversions:\n");
     }
-    for (; list; list = list->next) {
-        PrivateMemoryFailedConversion *failed = list->value;
+    for (PrivateMemoryFailedConversionList *item = list; item;
+         item = item->next) {
+        PrivateMemoryFailedConversion *failed = item->value;
         uint64_t age = now > failed->time ? now - failed->time : 0;
 
         monitor_printf(mon, "  %" PRIu64 " s ago: 0x%" PRIx64 "+0x%" PRIx64

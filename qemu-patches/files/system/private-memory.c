@@ -277,7 +277,7 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     } while (!ret && done < size);
 
     trace_private_memory_convert(gpa, size, to_private, ret);
-    if (is_emulated() && ret != -EINVAL) {
+    if (is_emulated() && (done || ret != -EINVAL)) {
         /* What was done, and what was undone at the cost of its contents. */
         invalidate_code(gpa, size);
     }

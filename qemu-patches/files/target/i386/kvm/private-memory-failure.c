@@ -4,8 +4,9 @@
  * KVM tells on the vCPU that touches it: KVM_RUN fails with EHWPOISON where it
  * is private, and raises SIGBUS where it is shared. The library retires the
  * page, and another one, zeroed, comes in its place. So either the guest gets
- * a machine check that names the page, or the VM stops, before the page is
- * retired: no guest runs on with zeroes that it does not know of.
+ * a machine check that names the page, on the vCPU that touched it, or the VM
+ * stops before the page is retired. (Until the guest has dealt with a machine
+ * check, its other vCPUs may find zeroes.)
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -96,6 +97,9 @@ static const char *failed_untold(const Failed *failed, X86CPU *cpu)
 {
     CPUX86State *env = &cpu->env;
 
+    if (failed->gpa == PRIVMEM_UNKNOWN) {
+        return "it does not see the page";
+    }
     if (!failed->is_private &&
         qemu_ram_pagesize(failed->block) > qemu_real_host_page_size()) {
         return "a huge page is lost, and a machine check names 4 KiB";
