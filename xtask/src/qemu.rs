@@ -408,7 +408,8 @@ impl Work {
         let done = self.build.join("configured");
         let library = fs::read_to_string(privmem.description())?;
         let arguments = format!("{}\n{library}", self.arguments.join("\n"));
-        if cache::holds(&done, &arguments) {
+        // Meson leaves no build.ninja where it was interrupted while it made it anew.
+        if cache::holds(&done, &arguments) && self.build.join("build.ninja").exists() {
             return Ok(());
         }
         cache::remove_dir(&self.build)?;

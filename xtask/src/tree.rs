@@ -70,10 +70,14 @@ fn additions(files: &Path) -> Result<BTreeMap<PathBuf, PathBuf>> {
 /// The paths that the lines which a patch adds may name, without a suffix where
 /// those have none. A name is what stands in quotes, as Meson, C and QAPI have
 /// it, or alone, as documents list others. It is of the folder of the file that
-/// names it, or a header's.
+/// names it, or a header's. A patch's message names files by their whole paths.
 fn named(patch: &str) -> BTreeSet<PathBuf> {
+    let message = patch.split("diff --git ").next().unwrap_or_default();
     let mut dir = Path::new("");
-    let mut found = BTreeSet::new();
+    let mut found: BTreeSet<_> = message
+        .split_whitespace()
+        .map(|word| PathBuf::from(word.trim_end_matches(['.', ','])))
+        .collect();
     for line in patch.lines() {
         if let Some(path) = line.strip_prefix("+++ b/") {
             dir = Path::new(path).parent().unwrap_or(dir);
@@ -348,10 +352,10 @@ mod tests {
             steps.iter().map(of).collect::<Vec<_>>(),
             [[PathBuf::from("new/two.c")]]
         );
-        let patch = "+++ b/qapi/x.json\n+{ 'include': 'y.json' }\n-'gone'\n\
+        let patch = "Adds t/test_y.py.\ndiff --git x\n+++ b/qapi/x.json\n+{ 'include': 'y.json' }\n-'gone'\n\
                      +++ b/docs/index.rst\n+   y\n+++ b/a.c\n+#include \"s/y.h\"\n+ of ''\n";
         let found = named(patch);
-        for path in ["qapi/y.json", "docs/y", "include/s/y.h"] {
+        for path in ["qapi/y.json", "docs/y", "include/s/y.h", "t/test_y.py"] {
             assert!(found.contains(Path::new(path)), "{path}");
         }
         for path in ["qapi/gone", "docs/y.json", "system/y", ""] {

@@ -357,9 +357,10 @@ static void print_failed_conversions(Monitor *mon)
          item = item->next) {
         PrivateMemoryFailedConversion *failed = item->value;
         uint64_t age = now > failed->time ? now - failed->time : 0;
+        uint64_t seconds = age / NANOSECONDS_PER_SECOND;
 
         monitor_printf(mon, "  %" PRIu64 " s ago: 0x%" PRIx64 "+0x%" PRIx64
-                       " to %s\n    %s\n", age / NANOSECONDS_PER_SECOND,
+                       " to %s\n    %s\n", seconds,
                        failed->address, failed->size,
                        failed->q_private ? "private" : "shared",
                        failed->error);
