@@ -14,7 +14,8 @@
  *   Ownership  What a _new function hands out is given back to the matching
  *              _free function, once. File descriptors that are handed out stay
  *              the library's, those that are handed in stay the caller's.
- *   Callbacks  Only those of struct privmem_listener, see there.
+ *   Callbacks  Only those of struct privmem_listener and struct privmem_agent,
+ *              see there.
  *   Numbers    Sizes, offsets and addresses are in bytes.
  *
  * Generated from src/ffi.rs by `cargo xtask header`; do not edit.
@@ -992,9 +993,10 @@ int privmem_region_info(const struct privmem_region *region,
                         size_t info_size);
 
 /**
- * One line that shows which parts of the region are private: up to
- * `buffer_size - 1` cells, `.` shared, `#` private, `+` some of both, each for
- * the same number of bytes; then NUL.
+ * One line that shows which parts of the region are private.
+ *
+ * It has up to `buffer_size - 1` cells, each for the same number of bytes: `.`
+ * shared, `#` private, `+` some of both; then NUL.
  *
  * # Safety
  * `region` is NULL or a live handle; `buffer` is NULL or valid for writing

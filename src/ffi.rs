@@ -1666,9 +1666,10 @@ pub unsafe extern "C" fn privmem_region_info(
     })
 }
 
-/// One line that shows which parts of the region are private: up to
-/// `buffer_size - 1` cells, `.` shared, `#` private, `+` some of both, each for
-/// the same number of bytes; then NUL.
+/// One line that shows which parts of the region are private.
+///
+/// It has up to `buffer_size - 1` cells, each for the same number of bytes: `.`
+/// shared, `#` private, `+` some of both; then NUL.
 ///
 /// # Safety
 /// `region` is NULL or a live handle; `buffer` is NULL or valid for writing

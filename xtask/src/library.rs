@@ -45,7 +45,7 @@ pub fn lay_out(cx: &Context, prefix: &Path, built: &Path) -> Result<Installed> {
         .with_context(|| format!("{} is missing: cargo xtask header", header.display()))?;
     write_if_changed(&installed.header, header)?;
     let template = std::fs::read_to_string(cx.root.join("privmem.pc.in"))?;
-    let description = description(&template, prefix, &version(cx)?);
+    let description = description(&template, prefix, &version(cx)?, &native_libs()?);
     write_if_changed(&installed.description(), description)?;
     Ok(installed)
 }
@@ -148,20 +148,35 @@ pub fn named(files: Vec<PathBuf>, name: &str) -> Result<PathBuf> {
         .with_context(|| format!("cargo made no {name}"))
 }
 
-fn version(cx: &Context) -> Result<String> {
+/// What Rust's standard library needs of the system's, as a C compiler is told.
+fn native_libs() -> Result<String> {
+    let unused = tempfile::tempdir()?;
+    let mut rustc = rustc();
+    rustc.args([
+        "--crate-type=staticlib",
+        "--print=native-static-libs=/dev/stdout",
+    ]);
+    let libs = run::ask(rustc.arg("--out-dir").arg(unused.path()).arg("-"))?;
+    // Every compiler adds -lc, last of all.
+    let libs = libs.split_whitespace().filter(|lib| *lib != "-lc");
+    Ok(libs.collect::<Vec<_>>().join(" "))
+}
+
+pub fn version(cx: &Context) -> Result<String> {
     let id = run::ask(cargo(cx).args(["pkgid", "-p", "privmem"]))?;
     let version = id.rsplit(['#', '@']).next().unwrap_or_default();
     Ok(version.to_owned())
 }
 
 /// The pkg-config file, filled in as meson.build does it for an installation.
-fn description(template: &str, prefix: &Path, version: &str) -> String {
+fn description(template: &str, prefix: &Path, version: &str, libs: &str) -> String {
     let prefix = prefix.display().to_string();
     template
         .replace("@libdir@", "${prefix}/lib")
         .replace("@includedir@", "${prefix}/include")
         .replace("@prefix@", &prefix)
         .replace("@version@", version)
+        .replace("@libs@", libs)
 }
 
 #[cfg(test)]
@@ -171,10 +186,10 @@ mod tests {
 
     #[test]
     fn the_pkg_config_file_is_filled_in() {
-        let template = "prefix=@prefix@\nlibdir=@libdir@\nVersion: @version@\n";
+        let template = "prefix=@prefix@\nlibdir=@libdir@\nVersion: @version@\nLibs: @libs@\n";
         assert_eq!(
-            description(template, Path::new("/p"), "0.1.0"),
-            "prefix=/p\nlibdir=${prefix}/lib\nVersion: 0.1.0\n"
+            description(template, Path::new("/p"), "0.1.0", "-lm -ldl"),
+            "prefix=/p\nlibdir=${prefix}/lib\nVersion: 0.1.0\nLibs: -lm -ldl\n"
         );
     }
 
