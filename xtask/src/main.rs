@@ -16,6 +16,7 @@ mod kernel;
 mod lab;
 mod library;
 mod miri;
+mod packaging;
 mod protocol;
 mod qemu;
 mod run;

@@ -431,7 +431,8 @@ fn environment(command: &mut Command, meson: &Path, privmem: &Installed) -> Resu
     Ok(())
 }
 
-fn in_front(dir: &Path, variable: &str) -> Result<OsString> {
+/// A list of folders such as PATH, with one more as its first.
+pub fn in_front(dir: &Path, variable: &str) -> Result<OsString> {
     let rest = std::env::var_os(variable).unwrap_or_default();
     let rest = std::env::split_paths(&rest).filter(|path| !path.as_os_str().is_empty());
     Ok(std::env::join_paths(

@@ -36,6 +36,15 @@ pub const BUILD: &[&str] = &[
 /// To check the header and the C clients with both compilers and valgrind.
 pub const COMPILERS: &[&str] = &["build-essential", "clang", "pkg-config", "valgrind"];
 
+/// To install the library as a packager does, its HTML manual included.
+pub const PACKAGING: &[&str] = &[
+    "build-essential",
+    "doxygen",
+    "ninja-build",
+    "pkg-config",
+    "python3-venv",
+];
+
 /// To build QEMU, and to run its functional tests.
 const PYTHON: &[&str] = &["meson>=1.5", "pycotap"];
 

@@ -21,6 +21,7 @@ use crate::header;
 use crate::lab::Lab;
 use crate::library;
 use crate::miri;
+use crate::packaging;
 use crate::protocol::{Event, Verdict};
 use crate::qemu::{self, Line, NoSource};
 use crate::run;
@@ -45,6 +46,7 @@ pub enum Suite {
     Rust,
     Miri,
     CClient,
+    Packaging,
     Coverage,
     Xtask,
     Docs,
@@ -106,6 +108,7 @@ impl Suite {
             Self::Rust => cargo_test(cx, "cargo test", &["--workspace", "--exclude", "xtask"]),
             Self::Miri => miri::suite(cx),
             Self::CClient => c_clients(cx),
+            Self::Packaging => packaging::suite(cx),
             Self::Coverage => coverage::suite(cx),
             Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
             Self::Docs => docs::suite(cx),

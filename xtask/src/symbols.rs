@@ -107,7 +107,7 @@ fn standard_library() -> Result<BTreeSet<Vec<u8>>> {
 
 /// The functions that a header declares: `privmem_` names before a bracket,
 /// outside comments.
-fn declared(header: &str) -> BTreeSet<String> {
+pub fn declared(header: &str) -> BTreeSet<String> {
     let code: String = header
         .split("/*")
         .map(|part| part.split_once("*/").map_or(part, |(_, code)| code))
