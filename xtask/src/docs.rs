@@ -5,8 +5,7 @@
 //! "Troubleshooting" that no test looks for.
 
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -16,7 +15,6 @@ use walkdir::WalkDir;
 use crate::Context;
 use crate::qemu;
 use crate::run;
-use crate::setup;
 use crate::suites::Tally;
 
 const README: &str = "README.md";
@@ -58,7 +56,6 @@ pub fn suite(cx: &Context) -> Result<Tally> {
     let mut copying = Command::new("cp");
     copying.arg("-r").arg(&own_tree).arg(&patched_tree);
     run::step(&cx.cache, "copy QEMU's source", copying)?;
-    let project = linked_project(cx, &copy.path().join("project"))?;
     for documented in documented(&cx.root)? {
         if !documented.is_of_qemu() {
             let name = format!("{}: {}", documented.at, documented.command);
@@ -66,12 +63,7 @@ pub fn suite(cx: &Context) -> Result<Tally> {
                 true => &own_tree,
                 false => &patched_tree,
             };
-            let result = real(&documented.command, tree);
-            let dir = match documented.command.starts_with("meson ") {
-                true => &project,
-                false => &cx.root,
-            };
-            tally.check(&name, result.and_then(|real| run_in(cx, &real, dir)));
+            tally.check(&name, run_here(cx, &documented.command, tree));
         }
     }
     let tests = test_sources(&cx.root)?;
@@ -208,32 +200,16 @@ fn real(command: &str, qemu_source: &Path) -> Result<String> {
         "cargo xtask lab" => "cargo xtask lab -- true",
         other => other,
     };
-    let known = real.starts_with("cargo xtask") || real.starts_with("meson ");
-    let known = known || real.contains("/path/to/qemu");
+    let known = real.starts_with("cargo xtask") || real.contains("/path/to/qemu");
     ensure!(known, "there is no way yet to run it from the document");
     Ok(real.replace("/path/to/qemu", &qemu_source.display().to_string()))
 }
 
-/// The project in another folder, where something may be built and installed.
-fn linked_project(cx: &Context, dir: &Path) -> Result<PathBuf> {
-    fs::create_dir(dir)?;
-    for entry in fs::read_dir(&cx.root)? {
-        let entry = entry?;
-        if !["build", "target"].contains(&&*entry.file_name().to_string_lossy()) {
-            symlink(entry.path(), dir.join(entry.file_name()))?;
-        }
-    }
-    Ok(dir.to_owned())
-}
-
-fn run_in(cx: &Context, command: &str, dir: &Path) -> Result<()> {
+fn run_here(cx: &Context, command: &str, qemu_source: &Path) -> Result<()> {
+    let real = real(command, qemu_source)?;
     let mut shell = Command::new("sh");
-    shell
-        .args(["-euc", command])
-        .current_dir(dir)
-        .env("PATH", qemu::in_front(&setup::meson(cx)?, "PATH")?)
-        .env("DESTDIR", dir.join("stage"));
-    let ended = run::attempt(&cx.cache, &format!("document: {command}"), shell)?;
+    shell.args(["-euc", &real]).current_dir(&cx.root);
+    let ended = run::attempt(&cx.cache, &format!("document: {real}"), shell)?;
     match ended.success {
         true => Ok(()),
         false => bail!("it failed; the full log is {}", ended.log.display()),
