@@ -15,6 +15,7 @@ use walkdir::WalkDir;
 use crate::Context;
 use crate::qemu;
 use crate::run;
+use crate::setup;
 use crate::suites::Tally;
 
 const README: &str = "README.md";
@@ -200,6 +201,11 @@ fn real(command: &str, qemu_source: &Path) -> Result<String> {
         "cargo xtask lab" => "cargo xtask lab -- true",
         other => other,
     };
+    if let Some(words) = real.strip_prefix("meson ") {
+        // Not into this machine's own folders.
+        let words = words.replace(" build", " target/documented/build");
+        return Ok(format!("DESTDIR=$PWD/target/documented meson {words}"));
+    }
     let known = real.starts_with("cargo xtask") || real.contains("/path/to/qemu");
     ensure!(known, "there is no way yet to run it from the document");
     Ok(real.replace("/path/to/qemu", &qemu_source.display().to_string()))
@@ -209,6 +215,7 @@ fn run_here(cx: &Context, command: &str, qemu_source: &Path) -> Result<()> {
     let real = real(command, qemu_source)?;
     let mut shell = Command::new("sh");
     shell.args(["-euc", &real]).current_dir(&cx.root);
+    shell.env("PATH", qemu::in_front(&setup::meson(cx)?, "PATH")?);
     let ended = run::attempt(&cx.cache, &format!("document: {real}"), shell)?;
     match ended.success {
         true => Ok(()),
@@ -308,6 +315,10 @@ mod tests {
         assert_eq!(
             run("QEMU_SRC=/path/to/qemu cargo xtask qemu")?,
             "QEMU_SRC=/src cargo xtask qemu"
+        );
+        assert_eq!(
+            run("meson test -C build")?,
+            "DESTDIR=$PWD/target/documented meson test -C target/documented/build"
         );
         assert!(run("make coffee").is_err());
         Ok(())
