@@ -3,10 +3,13 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use Side::{Private, Shared};
-use common::firmware::{Added, BAD_CPUID, Firmware, GOOD_CPUID, SnpFirmware, TdxModule};
+use common::firmware::{
+    Added, BAD_CPUID, Firmware, GOOD_CPUID, NotAccepted, SnpFirmware, TdxModule,
+};
 use common::{Fail, Model, stand_in_fd};
 use privmem::agent::{Agent, InitialPages, PageType, Snp, SnpStart, Tdx};
 use privmem::kernel::Kernel;
@@ -265,6 +268,37 @@ fn tdx_knows_two_types_of_pages() {
     assert!(launch.log().is_empty());
 }
 
+/// What a guest was launched with it may touch at once; what is converted it has
+/// to accept, each time anew.
+#[test]
+fn the_guest_accepts_what_was_converted() {
+    for launch in Launch::both() {
+        let ask = |what: &dyn Fn(&mut (dyn Firmware + 'static)) -> bool| {
+            launch.kernel.ask(|firmware| Ok(what(firmware))).unwrap()
+        };
+        let is_accepted = |gfn| ask(&|firmware| firmware.is_accepted(gfn));
+        let accepts = |gfn, size, expected: Result<(), NotAccepted>| {
+            assert!(ask(&|firmware| firmware.accept(gfn, size) == expected));
+        };
+        launch.populate(0, &[1, 2], PageType::Normal).unwrap();
+        launch.vm.finalize().unwrap();
+        assert!(is_accepted(0) && is_accepted(1));
+        accepts(1, GRANULE, Err(NotAccepted::Already));
+        assert!(!is_accepted(2), "it was private, but nothing was put there");
+        for _ in 0..2 {
+            common::convert(&launch.vm, 1..3, Side::Shared).unwrap();
+            common::convert(&launch.vm, 1..3, Side::Private).unwrap();
+            assert!(is_accepted(0) && !is_accepted(1) && !is_accepted(2));
+            accepts(1, 512 * GRANULE, Err(NotAccepted::SizeMismatch));
+            accepts(1, GRANULE, Ok(()));
+            assert!(is_accepted(1) && !is_accepted(2));
+        }
+        launch.kernel.discards.store(true, Ordering::Relaxed);
+        launch.region.discard(GRANULE, GRANULE).unwrap();
+        assert!(!is_accepted(1), "another page comes in its place");
+    }
+}
+
 #[test]
 fn vmsas_of_snp_are_kvms_own() {
     let launch = Launch::snp();
@@ -464,9 +498,7 @@ fn an_agent_is_asked_before_and_told_after() {
     assert_eq!(told(), expected);
     assert_eq!(kernel.pages().private, [2, 3, 5, 6, 7, 8].into());
 
-    kernel
-        .discards
-        .store(true, std::sync::atomic::Ordering::Relaxed);
+    kernel.discards.store(true, Ordering::Relaxed);
     region.discard(GRANULE, 3 * GRANULE).unwrap();
     assert_eq!(told(), [("invalidate", range(2, 2), None)]);
 }

@@ -2,7 +2,7 @@
 //! KVM's ioctls. They are models: no hardware is used, and none is vouched for.
 //! Each rule names where the kernel's sources or documents have it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use kvm_bindings::kvm_sev_snp_launch_update;
 use privmem::kernel::TdxInitMemRegion;
@@ -35,6 +35,30 @@ pub trait Firmware: Send {
     /// The page is private no more, or was freed.
     fn remove(&mut self, gfn: u64) {
         self.launch().pages.remove(&gfn);
+        self.launch().accepted.remove(&gfn);
+    }
+
+    /// Whether the guest may touch a private page. Of what came by conversion it
+    /// gets #VE (TDX) or #VC (SEV-SNP) instead, until it has accepted it; what it
+    /// was launched with it need not accept.
+    fn is_accepted(&mut self, gfn: u64) -> bool {
+        self.launch().accepted.contains(&gfn)
+    }
+
+    /// The guest accepts a private page, by TDG.MEM.PAGE.ACCEPT or PVALIDATE.
+    fn accept(&mut self, gfn: u64, size: u64) -> Result<(), NotAccepted> {
+        // Private pages are of 4 KiB. A guest asks for less then: try_accept_one()
+        // in arch/x86/coco/tdx/tdx-shared.c, PVALIDATE_FAIL_SIZEMISMATCH in
+        // arch/x86/coco/sev/.
+        if size != 4096 {
+            return Err(NotAccepted::SizeMismatch);
+        }
+        // Twice is a sign that somebody has replaced the page:
+        // PVALIDATE_FAIL_NOUPDATE in arch/x86/coco/sev/.
+        match self.launch().accepted.insert(gfn) {
+            true => Ok(()),
+            false => Err(NotAccepted::Already),
+        }
     }
 
     /// What was added so far.
@@ -49,11 +73,20 @@ pub trait Firmware: Send {
     }
 }
 
+/// Why a guest's page is not accepted.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NotAccepted {
+    SizeMismatch,
+    Already,
+}
+
 /// How far a launch is.
 #[derive(Default)]
 pub struct Launch {
     /// Pages with initial contents.
     pages: BTreeMap<u64, u8>,
+    /// Private pages that the guest may touch.
+    accepted: BTreeSet<u64>,
     log: Vec<Added>,
     contention: VecDeque<i32>,
     started: bool,
@@ -70,6 +103,7 @@ impl Launch {
 
     fn add(&mut self, page: Added) {
         self.pages.insert(page.gfn, page.page_type);
+        self.accepted.insert(page.gfn);
         self.log.push(page);
     }
 }

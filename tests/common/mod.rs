@@ -209,7 +209,20 @@ impl Model {
         let place = self.place(gpa);
         let mut pages = self.pages.lock().unwrap();
         let fd = pages.reachable(&place);
+        if fd == place.private {
+            self.accept(gpa);
+        }
         access(pages.page(fd, place.granule))
+    }
+
+    /// What a guest does when its access to a private page is answered with #VE
+    /// or #VC.
+    fn accept(&self, gfn: u64) {
+        if let Some(firmware) = self.firmware.lock().unwrap().as_deref_mut()
+            && !firmware.is_accepted(gfn)
+        {
+            firmware.accept(gfn, GRANULE).unwrap();
+        }
     }
 
     /// The host loses what the guest has in the granule at `gpa`; says where.
