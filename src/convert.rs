@@ -52,9 +52,8 @@ impl<'a> Segment<'a> {
         runs.filter(move |run| run.side != to)
             .flat_map(|run| Range::from_granules(run.granules).pieces(PIECE))
             // Freed by one call each, all or nothing, wherever they lie.
-            .flat_map(move |piece| self.region.parts(Side::Private, piece))
-            .map(|part| part.offsets)
-            .map(move |offsets| Segment {
+            .flat_map(move |piece| self.region.placed(Side::Private, piece))
+            .map(move |(offsets, _)| Segment {
                 offsets,
                 gpa: self
                     .gpa

@@ -152,6 +152,24 @@ impl Region {
     /// Where contents of `offsets` lie on one side, in order. All that reads,
     /// writes, maps, takes, counts or frees contents asks here.
     pub(crate) fn parts(&self, side: Side, offsets: Range) -> impl Iterator<Item = Part> {
+        let placed = self.placed(side, offsets);
+        placed.map(move |(offsets, place)| {
+            place.unwrap_or_else(|| Part {
+                offsets,
+                store: self.own_store(side).clone(),
+                file: offsets,
+            })
+        })
+    }
+
+    /// As [`Region::parts`], for who wants to know only how they are cut: a
+    /// conversion does not touch the count of a store's users, which threads
+    /// share.
+    pub(crate) fn placed(
+        &self,
+        side: Side,
+        offsets: Range,
+    ) -> impl Iterator<Item = (Range, Option<Part>)> {
         let mut rest = Some(offsets);
         std::iter::from_fn(move || {
             let wanted = rest?;
@@ -160,11 +178,7 @@ impl Region {
                 Side::Shared => (wanted, None),
             };
             rest = wanted.without(&offsets)[1];
-            Some(place.unwrap_or_else(|| Part {
-                offsets,
-                store: self.own_store(side).clone(),
-                file: offsets,
-            }))
+            Some((offsets, place))
         })
     }
 
