@@ -13,8 +13,9 @@
 //! even that, the state map follows the kernel and the error says how much.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
+
+use smallvec::{SmallVec, smallvec};
 
 use crate::agent::{InitialPages, PageType};
 use crate::error::{Error, Result};
@@ -22,7 +23,7 @@ use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeGuard;
 use crate::region::Region;
 use crate::state::Side;
-use crate::vm::{Binding, Vm, seen};
+use crate::vm::{Bindings, Vm, overlapping, seen};
 
 /// At most this many bytes in one call into the kernel, which holds its
 /// memory-slot lock meanwhile.
@@ -37,6 +38,9 @@ const STEP_BYTES: u64 = 1 << 30;
 /// does so for a reason that trying again will not remove.
 const HOPELESS_FAULTS: u32 = 1000;
 
+/// The parts of a request: most have one, and more than two cost an allocation.
+type Segments<'a> = SmallVec<[Segment<'a>; 2]>;
+
 /// A part of a request: one region, contiguous on both sides.
 #[derive(Clone, Copy)]
 struct Segment<'a> {
@@ -47,19 +51,35 @@ struct Segment<'a> {
 }
 
 impl<'a> Segment<'a> {
-    fn changes(self, to: Side) -> impl Iterator<Item = Segment<'a>> {
-        let runs = self.region.state.runs(self.offsets.granules());
-        runs.filter(move |run| run.side != to)
-            .flat_map(|run| Range::from_granules(run.granules).pieces(PIECE))
-            // Freed by one call each, all or nothing, wherever they lie.
-            .flat_map(move |piece| self.region.placed(Side::Private, piece))
-            .map(move |(offsets, _)| Segment {
-                offsets,
-                gpa: self
-                    .gpa
-                    .map(|gpa| offsets.rebase(self.offsets.start(), gpa.start())),
-                ..self
-            })
+    /// Calls `visit` with each piece that is not on `to` yet, until it fails.
+    fn try_each_change<E>(
+        &self,
+        to: Side,
+        mut visit: impl FnMut(Segment<'a>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        for run in self.region.runs_on(to.other(), self.offsets) {
+            for piece in run.pieces(PIECE) {
+                // Freed by one call each, all or nothing, wherever they lie.
+                for (offsets, _) in self.region.placed(Side::Private, piece) {
+                    visit(self.part(offsets))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_on(&self, side: Side) -> bool {
+        let mut other = self.region.runs_on(side.other(), self.offsets);
+        other.next().is_none()
+    }
+
+    fn part(&self, offsets: Range) -> Segment<'a> {
+        let gpa = self.gpa;
+        Segment {
+            offsets,
+            gpa: gpa.map(|gpa| offsets.rebase(self.offsets.start(), gpa.start())),
+            ..*self
+        }
     }
 
     fn switch(&self, to: Side) -> Result<()> {
@@ -129,7 +149,6 @@ impl Vm {
         let bindings = self.bindings();
         let segments = resolve(&bindings, request);
         let result = check_covered(&segments, request, to).and_then(|()| run(&segments, to));
-        self.generation.fetch_add(1, Ordering::Relaxed);
         let end = match &result {
             Ok(Some(Segment {
                 gpa: Some(rest), ..
@@ -169,7 +188,7 @@ impl Vm {
             check_covered(&segments, request, Side::Private)?;
             let _guards = lock(&segments);
             // An operator may have been in between.
-            if changes(&segments, Side::Private).next().is_none() {
+            if segments.iter().all(|s| s.is_on(Side::Private)) {
                 return self.populate_segments(&segments, source, page_type);
             }
         }
@@ -251,7 +270,7 @@ impl Vm {
             static LAST: Cell<(u64, u64, u32)> = const { Cell::new((0, 0, 0)) };
         }
         let fault = Range::new(gpa, size)?;
-        let generation = self.generation.load(Ordering::Relaxed);
+        let generation = self.generation(fault);
         let times = match LAST.get() {
             (at, seen, times) if (at, seen) == (gpa, generation) => times + 1,
             _ => 1,
@@ -270,13 +289,21 @@ impl Vm {
         }
     }
 
+    /// Changes with every request for the memory of `fault`, so that a fault that
+    /// comes back can tell whether one may have been in its way.
+    fn generation(&self, fault: Range) -> u64 {
+        let bindings = self.bindings();
+        let segments = resolve(&bindings, fault);
+        segments.iter().map(|s| s.region.lock.arrivals()).sum()
+    }
+
     /// Whether a fault asks for anything that is not so already. (Another vCPU
     /// may have got it first; and a fault that comes back although nothing is
     /// left to convert must not look like progress.)
     fn is_request(&self, fault: Range, touched: Side) -> bool {
         let bindings = self.bindings();
         let segments = resolve(&bindings, fault);
-        changes(&segments, touched).next().is_some()
+        !segments.iter().all(|s| s.is_on(touched))
             || check_covered(&segments, fault, touched).is_err()
     }
 }
@@ -306,13 +333,9 @@ fn check_source(source: Option<&[u8]>, request: Range, page_type: PageType) -> R
 }
 
 /// The parts of `request` that are bound, in order of guest-physical address.
-fn resolve(bindings: &BTreeMap<u64, Binding>, request: Range) -> Vec<Segment<'_>> {
-    let before = bindings.range(..request.start()).next_back();
-    let within = bindings.range(request.start()..request.end());
-    before
-        .into_iter()
-        .chain(within)
-        .filter_map(|(_, binding)| {
+fn resolve(bindings: &Bindings, request: Range) -> Segments<'_> {
+    overlapping(bindings, request)
+        .filter_map(|binding| {
             let gpa = binding.gpa.intersection(&request)?;
             Some(Segment {
                 region: &binding.region,
@@ -344,22 +367,93 @@ fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
 /// is left for the next one.
 fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
-    let (pieces, rest) = step(changes(segments, to), to);
-    let step = || changes(segments, to).take(pieces);
+    let (step, rest) = Step::of(segments, to);
     if to == Side::Private {
-        step().for_each(|change| change.discard());
+        step.each(|_, change| change.discard());
     }
-    // Of the step, how many pieces each phase has done.
     let mut done = Done::default();
-    match convert(step, to, &mut done) {
+    match convert(&step, &mut done) {
         Ok(()) => {
-            for change in step() {
+            step.each(|_, change| {
                 change.publish(to);
                 change.after(to);
-            }
+            });
             Ok(rest)
         }
-        Err(cause) => Err(undo(step, to, &done, cause)),
+        Err(cause) => Err(undo(&step, &done, cause)),
+    }
+}
+
+/// The first pieces of a request that are not on `to` yet. They stay the same
+/// while the request's ranges are locked, until it publishes; a piece that is
+/// published changes none of those that follow. So nothing is kept, and they
+/// are found anew for each phase: a request may have as many pieces as a guest
+/// likes.
+struct Step<'s, 'a> {
+    segments: &'s [Segment<'a>],
+    to: Side,
+    pieces: usize,
+    /// Most steps have no other: it is not searched for again.
+    first: Option<Segment<'a>>,
+}
+
+impl<'s, 'a> Step<'s, 'a> {
+    /// What of a request makes one step, and the piece after it.
+    fn of(segments: &'s [Segment<'a>], to: Side) -> (Step<'s, 'a>, Option<Segment<'a>>) {
+        let mut bytes = 0;
+        let mut step = Step {
+            segments,
+            to,
+            pieces: 0,
+            first: None,
+        };
+        let whole = segments.iter().try_for_each(|segment| {
+            segment.try_each_change(to, |change| {
+                bytes += change.offsets.len();
+                // Taking memory takes its time.
+                let limit = if change.region.allocates(to) {
+                    PIECE
+                } else {
+                    STEP_BYTES
+                };
+                if step.pieces == STEP_PIECES || (bytes > limit && step.pieces > 0) {
+                    return Err(change);
+                }
+                step.pieces += 1;
+                step.first.get_or_insert(change);
+                Ok(())
+            })
+        });
+        (step, whole.err())
+    }
+
+    /// Calls `phase` with each piece and its number, until it fails.
+    fn try_each(&self, mut phase: impl FnMut(usize, Segment<'a>) -> Result<()>) -> Result<()> {
+        if let (1, Some(first)) = (self.pieces, self.first) {
+            return phase(0, first);
+        }
+        let mut number = 0;
+        let done = self.segments.iter().try_for_each(|segment| {
+            segment.try_each_change(self.to, |change| {
+                if number == self.pieces {
+                    return Err(None);
+                }
+                phase(number, change).map_err(Some)?;
+                number += 1;
+                Ok(())
+            })
+        });
+        match done {
+            Err(Some(error)) => Err(error),
+            Ok(()) | Err(None) => Ok(()),
+        }
+    }
+
+    fn each(&self, mut phase: impl FnMut(usize, Segment<'a>)) {
+        let _ = self.try_each(|number, change| {
+            phase(number, change);
+            Ok(())
+        });
     }
 }
 
@@ -372,88 +466,65 @@ struct Done {
     punched: usize,
 }
 
-fn convert<'a, I>(step: impl Fn() -> I, to: Side, done: &mut Done) -> Result<()>
-where
-    I: Iterator<Item = Segment<'a>>,
-{
-    for change in step() {
+fn convert(step: &Step, done: &mut Done) -> Result<()> {
+    let to = step.to;
+    step.try_each(|_, change| {
         change.punch(to)?;
         change.allocate(to)?;
         change.before(to)?;
         done.asked += 1;
-    }
-    for change in step() {
+        Ok(())
+    })?;
+    step.try_each(|_, change| {
         change.switch(to)?;
         done.switched += 1;
-    }
+        Ok(())
+    })?;
     if to == Side::Shared {
-        for change in step() {
+        step.try_each(|_, change| {
             change.populate()?;
             done.populated += 1;
-        }
+            Ok(())
+        })?;
     }
-    for change in step() {
+    step.try_each(|_, change| {
         change.punch(to.other())?;
         done.punched += 1;
-    }
-    Ok(())
-}
-
-/// How many of `changes` make one step, and the one after them.
-fn step<'a>(
-    mut changes: impl Iterator<Item = Segment<'a>>,
-    to: Side,
-) -> (usize, Option<Segment<'a>>) {
-    let (mut pieces, mut bytes) = (0, 0);
-    let rest = changes.find(|change| {
-        bytes += change.offsets.len();
-        // Taking memory takes its time.
-        let limit = if change.region.allocates(to) {
-            PIECE
-        } else {
-            STEP_BYTES
-        };
-        let last = pieces == STEP_PIECES || (bytes > limit && pieces > 0);
-        pieces += usize::from(!last);
-        last
-    });
-    (pieces, rest)
-}
-
-/// The pieces of a request that are not on `to` yet. They stay the same while
-/// the request's ranges are locked, until it publishes; a piece that is
-/// published changes none of those that follow. So nothing is kept: a request
-/// may have as many pieces as a guest likes.
-fn changes<'a>(segments: &[Segment<'a>], to: Side) -> impl Iterator<Item = Segment<'a>> {
-    segments.iter().flat_map(move |s| s.changes(to))
+        Ok(())
+    })
 }
 
 /// Locks all segments, region by region in one order, so that two requests
 /// cannot wait for each other.
-fn lock<'a>(segments: &[Segment<'a>]) -> Vec<RangeGuard<'a>> {
-    let mut ordered: Vec<_> = segments.to_vec();
+fn lock<'a>(segments: &[Segment<'a>]) -> SmallVec<[RangeGuard<'a>; 2]> {
+    let locked = |s: &Segment<'a>| s.region.locked(s.offsets);
+    if let [only] = segments {
+        return smallvec![only.region.lock.acquire(locked(only))];
+    }
+    let mut ordered = Segments::from_slice(segments);
     ordered.sort_by_key(|s| s.region.serial);
     ordered
         .chunk_by(|a, b| a.region.serial == b.region.serial)
         .map(|own| {
-            let ranges = own.iter().map(|s| s.region.locked(s.offsets)).collect();
-            own[0].region.lock.acquire(ranges)
+            let ranges = own.iter().map(locked).collect();
+            own[0].region.lock.acquire_all(ranges)
         })
         .collect()
 }
 
 /// Undoes what a step has done, and wraps `cause` if anything is not as it was.
-fn undo<'a, I>(step: impl Fn() -> I, to: Side, done: &Done, cause: Error) -> Error
-where
-    I: Iterator<Item = Segment<'a>>,
-{
+fn undo(step: &Step, done: &Done, cause: Error) -> Error {
+    let to = step.to;
     let (mut contents_lost, mut stuck, mut unmapped) = (0, 0, 0);
-    step()
-        .take(done.populated)
-        .for_each(|change| change.discard());
-    for (index, change) in step().enumerate() {
+    step.each(|number, change| {
+        if number < done.populated {
+            change.discard();
+        }
+    });
+    step.each(|number, change| {
         let bytes = change.offsets.len();
-        if index < done.switched && change.switch(to.other()).is_err() {
+        let reached = |phase: usize| number < phase;
+        if reached(done.switched) && change.switch(to.other()).is_err() {
             let _ = change.punch(to.other());
             change.publish(to);
             change.after(to);
@@ -462,25 +533,25 @@ where
             if to == Side::Shared && change.populate().is_err() {
                 unmapped += bytes;
             }
-            continue;
+            return;
         }
         // What was preallocated, or a vCPU wrote, on the new side meanwhile. If
         // it cannot be freed now, the next conversion frees it before it can
         // come up.
         let _ = change.punch(to);
-        if index < done.asked {
+        if reached(done.asked) {
             change.after(to.other());
         }
-        if index < done.punched && !change.region.keeps(to.other()) {
+        if reached(done.punched) && !change.region.keeps(to.other()) {
             contents_lost += bytes;
         }
         if to == Side::Private && change.populate().is_err() {
             unmapped += bytes;
         }
-    }
+    });
     if to == Side::Shared {
         // Only now is it known which huge pages have nothing shared.
-        step().for_each(|change| change.region.punch_huge_pages(change.offsets));
+        step.each(|_, change| change.region.punch_huge_pages(change.offsets));
     }
     if contents_lost == 0 && stuck == 0 && unmapped == 0 {
         return cause;
@@ -496,7 +567,7 @@ where
 
 /// Counts the request for each region of which it is done up to `end`.
 fn count(segments: &[Segment], end: u64, ok: bool) {
-    let mut serials: Vec<u64> = Vec::new();
+    let mut serials: SmallVec<[u64; 2]> = SmallVec::new();
     for segment in segments {
         let region = segment.region;
         let open = segment.gpa.is_some_and(|gpa| gpa.end() > end);
@@ -504,10 +575,9 @@ fn count(segments: &[Segment], end: u64, ok: bool) {
             continue;
         }
         serials.push(region.serial);
-        let counter = match ok {
-            true => &region.conversions,
-            false => &region.failed,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
+        match ok {
+            true => region.conversions.add_one(),
+            false => region.failed.add_one(),
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::Side;
-use crate::vm::{Bindings, Vm, seen};
+use crate::vm::{Bindings, Vm, overlapping, seen};
 
 /// How many failures of a region are remembered; older ones are only counted.
 pub const REMEMBERED: usize = 16;
@@ -100,7 +100,7 @@ impl Region {
             Side::Private => GRANULE,
         };
         let page = self.range(offset & !(unit - 1), unit)?;
-        let _held = self.lock.acquire(vec![self.locked(page)]);
+        let _held = self.lock.acquire(self.locked(page));
         let mut failure = self.lost(bindings, side, page);
         if failure.lost == 0 {
             self.give_up(side, page)?;
@@ -190,9 +190,7 @@ impl Vm {
     pub fn memory_failure(&self, gpa: u64, side: Side, retire: bool) -> Result<Failure> {
         let at = Range::new(gpa & !(GRANULE - 1), GRANULE)?;
         let bindings = self.bindings();
-        let before = bindings.range(..=at.start()).next_back();
-        let binding = before.map(|(_, binding)| binding);
-        let binding = binding.filter(|binding| binding.gpa.overlaps(&at));
+        let binding = overlapping(&bindings, at).next();
         let binding = binding.ok_or(Error::NotBound(at))?;
         let offset = at.rebase(binding.gpa.start(), binding.offset).start();
         binding.region.fail(&bindings, offset, side, retire)

@@ -18,6 +18,7 @@
 //! | `memory` | what a region's stores hold: taken beforehand, kept, given back, moved |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `failed` | the last requests that failed |
+//! | `counter` | figures that many threads raise |
 //! | `convert` | the conversion path, its order and its undo |
 //! | `places` | where private contents lie that were moved |
 //! | [`relocate`] | moving private contents while the guest runs |
@@ -32,6 +33,7 @@
 
 pub mod agent;
 mod convert;
+mod counter;
 pub mod error;
 mod failed;
 pub mod failure;

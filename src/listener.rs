@@ -2,6 +2,7 @@
 //! told when it goes and comes, such as VFIO.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::error::{Error, Result};
@@ -28,13 +29,17 @@ pub trait Listener: Send + Sync {
 /// The listeners of a region, in order of registration. The list changes only
 /// under the lock of the whole region, so never within a conversion.
 #[derive(Default)]
-pub(crate) struct Listeners(RwLock<Vec<Arc<dyn Listener>>>);
+pub(crate) struct Listeners {
+    list: RwLock<Vec<Arc<dyn Listener>>>,
+    /// There were some: without any, conversions do not meet at `list`.
+    used: AtomicBool,
+}
 
 impl Listeners {
     /// Held while listeners run: who would change the list waits for the lock
     /// of the region anyway.
     fn all(&self) -> RwLockReadGuard<'_, Vec<Arc<dyn Listener>>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.list.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds a listener and shows it the shared `runs`. Nothing is added on failure.
@@ -50,6 +55,7 @@ impl Listeners {
         {
             return Err(Error::AlreadyListening);
         }
+        self.used.store(true, Ordering::Relaxed);
         let mut shown = Vec::new();
         for run in runs {
             if let Err(e) = listener.populate(run) {
@@ -58,14 +64,14 @@ impl Listeners {
             }
             shown.push(run);
         }
-        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
         list.push(listener);
         Ok(())
     }
 
     /// Removes a listener, and takes the shared `runs` from it.
     pub(crate) fn remove(&self, identity: usize, runs: impl Iterator<Item = Range>) -> Result<()> {
-        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
         let at = list.iter().position(|l| l.identity() == identity);
         let listener = list.remove(at.ok_or(Error::NoSuchListener)?);
         drop(list);
@@ -76,11 +82,14 @@ impl Listeners {
     /// Forgets all listeners, after taking the shared `runs` from them.
     pub(crate) fn clear(&self, runs: impl Iterator<Item = Range>) {
         runs.for_each(|run| self.discard(run));
-        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
         list.clear();
     }
 
     pub(crate) fn discard(&self, offsets: Range) {
+        if !self.used.load(Ordering::Relaxed) {
+            return;
+        }
         for listener in self.all().iter() {
             listener.discard(offsets);
         }
@@ -88,6 +97,9 @@ impl Listeners {
 
     /// All listeners map `offsets`, or none does.
     pub(crate) fn populate(&self, offsets: Range) -> Result<()> {
+        if !self.used.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let all = self.all();
         for (done, listener) in all.iter().enumerate() {
             if let Err(e) = listener.populate(offsets) {

@@ -42,7 +42,7 @@ impl Region {
     }
 
     fn allocate_all(&self, threads: NonZeroUsize) -> Result<()> {
-        let _held = self.lock.acquire(vec![self.size]);
+        let _held = self.lock.acquire(self.size);
         let pieces = Mutex::new(pieces(&self.state, PREALLOCATED));
         let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
         let work = || {
@@ -117,7 +117,11 @@ impl Region {
 
     /// Frees what `side` holds of `offsets`, wherever it lies.
     pub(crate) fn free(&self, side: Side, offsets: Range) -> Result<()> {
-        self.parts(side, offsets).try_for_each(|part| part.punch())
+        let mut placed = self.placed(side, offsets);
+        placed.try_for_each(|(offsets, place)| match place {
+            None => self.own_store(side).punch(offsets),
+            Some(part) => part.punch(),
+        })
     }
 
     /// Frees the memory of `size` bytes at `offset`, on whichever side they
@@ -125,7 +129,7 @@ impl Region {
     pub fn discard(self: &Arc<Region>, offset: u64, size: u64) -> Result<()> {
         let offsets = self.range(offset, size)?;
         let bindings = self.vm.bindings();
-        let _held = self.lock.acquire(vec![self.locked(offsets)]);
+        let _held = self.lock.acquire(self.locked(offsets));
         for side in [Side::Shared, Side::Private] {
             self.announce(&bindings, side, offsets);
         }
@@ -144,7 +148,7 @@ impl Region {
     /// Frees what the shared store holds of `offsets` where they are private.
     /// What cannot be freed is only held twice.
     pub(crate) fn free_sources(&self, offsets: Range) {
-        let _held = self.lock.acquire(vec![self.locked(offsets)]);
+        let _held = self.lock.acquire(self.locked(offsets));
         for run in self.runs_on(Side::Private, offsets) {
             let _ = self.punch(Side::Shared, run);
             self.punch_huge_pages(run);

@@ -131,12 +131,17 @@ impl Range {
 
     /// The range in pieces of at most `limit` bytes (a multiple of the granule).
     pub(crate) fn pieces(self, limit: u64) -> impl Iterator<Item = Range> {
-        (self.start..self.end)
-            .step_by(limit as usize)
-            .map(move |start| Range {
-                start,
-                end: self.end.min(start.saturating_add(limit)),
+        let Range { mut start, end } = self;
+        std::iter::from_fn(move || {
+            (start < end).then(|| {
+                let piece = Range {
+                    start,
+                    end: end.min(start.saturating_add(limit)),
+                };
+                start = piece.end;
+                piece
             })
+        })
     }
 }
 

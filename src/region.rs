@@ -1,10 +1,9 @@
 //! One memory backend: its stores, its state map, its range lock, its counters.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
-use crossbeam::utils::CachePadded;
-
+use crate::counter::Counter;
 use crate::error::{Error, Result};
 use crate::failure::Failures;
 use crate::kernel::NumaPolicy;
@@ -62,8 +61,8 @@ pub struct Region {
     pub(crate) policy: OnceLock<NumaPolicy>,
     pub(crate) lock: RangeLock,
     pub(crate) listeners: Listeners,
-    pub(crate) conversions: CachePadded<AtomicU64>,
-    pub(crate) failed: CachePadded<AtomicU64>,
+    pub(crate) conversions: Counter,
+    pub(crate) failed: Counter,
     pub(crate) failures: Failures,
 }
 
@@ -152,8 +151,8 @@ impl Region {
             policy: OnceLock::new(),
             lock: RangeLock::default(),
             listeners: Listeners::default(),
-            conversions: CachePadded::default(),
-            failed: CachePadded::default(),
+            conversions: Counter::default(),
+            failed: Counter::default(),
             failures: Failures::default(),
         }))
     }
@@ -195,7 +194,7 @@ impl Region {
     /// The mapping has the region's size, belongs to the caller and outlives
     /// every conversion of this region.
     pub unsafe fn set_host_mapping(&self, host: usize) -> Result<()> {
-        let _held = self.lock.acquire(vec![self.size]);
+        let _held = self.lock.acquire(self.size);
         let late = || Error::MappingTooLate(self.name.clone());
         let initial = self.options.initial;
         if self.runs_on(initial.other(), self.size).next().is_some() {
@@ -238,20 +237,20 @@ impl Region {
     /// Tells `listener` of everything that is shared, and from now on of what
     /// goes and comes. Waits for conversions that run.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Result<()> {
-        let _held = self.lock.acquire(vec![self.size]);
+        let _held = self.lock.acquire(self.size);
         self.listeners.add(listener, self.shared_runs())
     }
 
     /// Takes everything that is shared from the listener with this identity,
     /// and forgets it.
     pub fn remove_listener(&self, identity: usize) -> Result<()> {
-        let _held = self.lock.acquire(vec![self.size]);
+        let _held = self.lock.acquire(self.size);
         self.listeners.remove(identity, self.shared_runs())
     }
 
     /// As [`Region::remove_listener`], for all; before the region goes.
     pub fn remove_all_listeners(&self) {
-        let _held = self.lock.acquire(vec![self.size]);
+        let _held = self.lock.acquire(self.size);
         self.listeners.clear(self.shared_runs());
     }
 
@@ -274,7 +273,7 @@ impl Region {
         self.vm
             .convert_offsets(self, self.size, self.options.initial)?;
         let bindings = self.vm.bindings();
-        let _held = self.lock.acquire(vec![self.size]);
+        let _held = self.lock.acquire(self.size);
         self.invalidate(&bindings, self.size);
         self.send_home(self.size)?;
         self.private.punch(self.size)?;
@@ -297,8 +296,8 @@ impl Region {
             held_twice: self.held_twice(),
             relocated: self.lying_elsewhere(|_| true),
             swapped: self.lying_elsewhere(|store| !store.is_in_memory()),
-            conversions: self.conversions.load(Ordering::Relaxed),
-            failed_conversions: self.failed.load(Ordering::Relaxed),
+            conversions: self.conversions.get(),
+            failed_conversions: self.failed.get(),
             memory_failures: self.failures.count(),
         }
     }

@@ -30,7 +30,7 @@ use crate::range::{GRANULE, Range};
 use crate::region::Region;
 use crate::state::Side;
 use crate::store::Store;
-use crate::vm::{Bindings, Vm};
+use crate::vm::{Bindings, Vm, overlapping};
 
 /// How much is moved at once: `PG_LEVEL_*` of KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +107,7 @@ impl Vm {
         let bindings = self.bindings();
         let request = Request::new(&bindings, gpa, level)?;
         let region = request.region;
-        let _held = region.lock.acquire(vec![request.offsets]);
+        let _held = region.lock.acquire(request.offsets);
         request.check_private()?;
         match to {
             Destination::Home => {
@@ -130,11 +130,12 @@ impl Vm {
 
 impl<'a> Request<'a> {
     fn new(bindings: &'a Bindings, gpa: Range, level: Level) -> Result<Request<'a>> {
-        let before = bindings.range(..=gpa.start()).next_back();
-        let found = before.and_then(|(_, binding)| {
-            let part = binding.gpa.intersection(&gpa)?;
-            Some((binding, part))
-        });
+        let found = overlapping(bindings, gpa.first())
+            .next()
+            .and_then(|binding| {
+                let part = binding.gpa.intersection(&gpa)?;
+                Some((binding, part))
+            });
         let Some((binding, part)) = found else {
             let gpa = gpa.start();
             return Err(Error::NotPrivateCapable { gpa });
@@ -191,7 +192,7 @@ impl<'a> Request<'a> {
             }
             Some(_) => {}
         }
-        for region in bindings.values().map(|binding| &binding.region) {
+        for region in bindings.iter().map(|binding| &binding.region) {
             for side in [Side::Private, Side::Shared] {
                 if region.store(side).facts()?.id == facts.id {
                     return refused(format!(

@@ -1,24 +1,42 @@
 //! The state map: one bit per granule, set where the granule is not on the side
-//! where all began, so that a new map costs nothing. Pure.
+//! where all began, so that a new map costs nothing; and for every block of 4096
+//! of them how many are set, so that who looks for what differs passes over a
+//! block that has nothing of it without a look at its bits. Pure.
 //!
 //! Readers take no lock: a bit is loaded with `Acquire`, and a conversion
 //! publishes with `Release` after the kernel has changed sides. Writers of
 //! different granules may share a word, hence the atomic read-modify-write;
 //! writers of the same granule are kept apart by the region's range lock.
+//!
+//! A block's count is raised before bits of it are set, and lowered after they
+//! were cleared. So a count of 0 or of all granules is true of every change that
+//! the reader knows to be complete; within a change that still goes on, a reader
+//! may see either side, as it may of the bits themselves. Writers add and
+//! subtract what they change, so that none undoes another's count.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use bitvec::prelude::{BitArray, Lsb0};
+use bitvec::field::BitField;
+use bitvec::prelude::{BitSlice, BitVec, Lsb0};
 
 use crate::error::{Error, Result};
 use crate::sync::{AtomicU64, zeroed_words};
 
-const BITS: usize = u64::BITS as usize;
+/// Granules of a word of the map. (The map is not one of bitvec's types: their
+/// atomic access is relaxed, and publication must not be.)
+const WORD: usize = u64::BITS as usize;
 
-/// One word of the map, loaded. (The map itself is not one of bitvec's types:
-/// their atomic access is relaxed, and publication must not be.)
-type Word = BitArray<u64, Lsb0>;
+/// Granules of a block: 16 MiB, whose bits fill eight cache lines.
+const BLOCK: usize = 64 * WORD;
+
+/// Four counts of 16 bits share a word, so that one look passes over 64 MiB.
+const LANES: usize = 4;
+const LANE_BITS: usize = 16;
+const LANE: u64 = (1 << LANE_BITS) - 1;
+
+/// A word of counts of blocks that are full.
+const FULL: u64 = 0x0001_0001_0001_0001 * BLOCK as u64;
 
 /// Which store holds a granule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +61,11 @@ pub struct Run {
     pub side: Side,
 }
 
-/// One bit per granule.
+/// One bit per granule, and one count per block.
 pub struct StateMap {
     words: Box<[AtomicU64]>,
+    /// How many granules of each block are not on the initial side.
+    counts: Box<[AtomicU64]>,
     granules: usize,
     initial: Side,
 }
@@ -54,10 +74,14 @@ impl StateMap {
     /// A map with all granules on one side. Fails where there is no memory for
     /// one bit a granule.
     pub fn new(granules: usize, initial: Side) -> Result<StateMap> {
-        let words = zeroed_words(granules.div_ceil(BITS));
-        let words = words.ok_or(Error::NoMemoryForState { granules })?;
+        let words = zeroed_words(granules.div_ceil(WORD));
+        let counts = zeroed_words(granules.div_ceil(BLOCK * LANES));
+        let (words, counts) = words
+            .zip(counts)
+            .ok_or(Error::NoMemoryForState { granules })?;
         Ok(StateMap {
             words,
+            counts,
             granules,
             initial,
         })
@@ -74,9 +98,11 @@ impl StateMap {
             );
             return Err(Error::InvalidArgument(text));
         }
-        let private = |granule: &usize| bytes[granule / 8] >> (granule % 8) & 1 == 1;
-        for granule in (0..granules).filter(private) {
-            map.set(granule..granule + 1, Side::Private);
+        let bits = &BitSlice::<u8, Lsb0>::from_slice(bytes)[..granules];
+        for (index, word) in bits.chunks(WORD).enumerate() {
+            let word = word.load_le::<u64>();
+            map.raise(index * WORD / BLOCK, word.count_ones() as usize);
+            map.words[index].store(word, Ordering::Relaxed);
         }
         Ok(map)
     }
@@ -84,21 +110,11 @@ impl StateMap {
     /// One bit a granule, from the lowest bit of the first byte, set where it
     /// is private.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let flip = match self.initial {
-            Side::Shared => 0,
-            Side::Private => !0,
-        };
-        let words = self.words.iter();
-        let words = words.map(|word| word.load(Ordering::Acquire) ^ flip);
-        let mut bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
-        bytes.truncate(self.granules.div_ceil(8));
-        if let Some(last) = bytes
-            .last_mut()
-            .filter(|_| !self.granules.is_multiple_of(8))
-        {
-            *last &= (1 << (self.granules % 8)) - 1;
+        let mut bits = BitVec::<u8, Lsb0>::repeat(false, self.granules);
+        for (index, chunk) in bits.chunks_mut(WORD).enumerate() {
+            chunk.store_le(self.word(index, Side::Private));
         }
-        bytes
+        bits.into_vec()
     }
 
     pub fn len(&self) -> usize {
@@ -111,37 +127,51 @@ impl StateMap {
 
     pub fn side(&self, granule: usize) -> Side {
         assert!(granule < self.granules);
-        match self.word(granule / BITS)[granule % BITS] {
-            false => self.initial,
-            true => self.initial.other(),
+        match self.word(granule / WORD, Side::Private) >> (granule % WORD) & 1 {
+            0 => Side::Shared,
+            _ => Side::Private,
         }
     }
 
     /// Puts `granules` on `side`, visible to readers word by word.
     pub fn set(&self, granules: Range<usize>, side: Side) {
         assert!(granules.end <= self.granules);
-        for (index, bits) in words_of(granules) {
-            let mut mask = Word::ZERO;
-            mask[bits].fill(true);
-            let word = &self.words[index];
-            match side == self.initial {
-                false => word.fetch_or(mask.data, Ordering::Release),
-                true => word.fetch_and(!mask.data, Ordering::Release),
-            };
+        let sets = side != self.initial;
+        for part in split(granules, BLOCK) {
+            let block = part.start / BLOCK;
+            let changed = part.len() - self.count_in_words(part.clone(), side);
+            if changed == 0 {
+                continue;
+            }
+            if sets {
+                self.raise(block, changed);
+            }
+            for (index, mask) in words_of(part) {
+                let word = &self.words[index];
+                match (sets, mask) {
+                    // A whole word is the caller's alone.
+                    (true, u64::MAX) => word.store(u64::MAX, Ordering::Release),
+                    (false, u64::MAX) => word.store(0, Ordering::Release),
+                    (true, _) => drop(word.fetch_or(mask, Ordering::Release)),
+                    (false, _) => drop(word.fetch_and(!mask, Ordering::Release)),
+                }
+            }
+            if !sets {
+                self.lower(block, changed);
+            }
         }
     }
 
     /// Number of private granules in `granules`.
     pub fn count_private(&self, granules: Range<usize>) -> usize {
         assert!(granules.end <= self.granules);
-        let all = granules.len();
-        let moved: usize = words_of(granules)
-            .map(|(index, bits)| self.word(index)[bits].count_ones())
-            .sum();
-        match self.initial {
-            Side::Shared => moved,
-            Side::Private => all - moved,
-        }
+        split(granules, BLOCK)
+            .map(|part| match (part.len(), self.initial) {
+                (BLOCK, Side::Shared) => self.count(part.start / BLOCK),
+                (BLOCK, Side::Private) => BLOCK - self.count(part.start / BLOCK),
+                _ => self.count_in_words(part, Side::Private),
+            })
+            .sum()
     }
 
     /// The runs of `granules` in order, cut off at its ends.
@@ -151,7 +181,9 @@ impl StateMap {
         std::iter::from_fn(move || {
             (at < granules.end).then(|| {
                 let side = self.side(at);
-                let end = self.run_end(at, granules.end, side);
+                // After `at` in any case, even where another thread converts
+                // it meanwhile.
+                let end = self.find(at + 1..granules.end, side.other());
                 let run = Run {
                     granules: at..end,
                     side,
@@ -162,24 +194,67 @@ impl StateMap {
         })
     }
 
-    /// End of the run on `side` that `granule` starts; always after `granule`,
-    /// even where another thread converts it meanwhile.
-    fn run_end(&self, granule: usize, limit: usize, side: Side) -> usize {
-        words_of(granule + 1..limit)
-            .find_map(|(index, bits)| {
-                let start = index * BITS + bits.start;
-                let word = self.word(index);
-                let different = match side == self.initial {
-                    true => word[bits].first_one(),
-                    false => word[bits].first_zero(),
-                };
-                Some(start + different?)
-            })
-            .unwrap_or(limit)
+    /// The first of `granules` that is on `side`; their end if none is.
+    fn find(&self, granules: Range<usize>, side: Side) -> usize {
+        let Range { start: mut at, end } = granules;
+        let none = match side == self.initial {
+            true => FULL,
+            false => 0,
+        };
+        while at < end {
+            let lanes = at / (BLOCK * LANES);
+            let next = (lanes + 1) * BLOCK * LANES;
+            if next <= end && self.counts[lanes].load(Ordering::Acquire) == none {
+                at = next;
+                continue;
+            }
+            let rest = end.min((at / BLOCK + 1) * BLOCK);
+            if self.count(at / BLOCK) as u64 != none & LANE
+                && let Some(found) = self.find_in_words(at..rest, side)
+            {
+                return found;
+            }
+            at = rest;
+        }
+        end
     }
 
-    fn word(&self, index: usize) -> Word {
-        Word::new(self.words[index].load(Ordering::Acquire))
+    fn find_in_words(&self, granules: Range<usize>, side: Side) -> Option<usize> {
+        words_of(granules).find_map(|(index, mask)| {
+            let found = self.word(index, side) & mask;
+            (found != 0).then(|| index * WORD + found.trailing_zeros() as usize)
+        })
+    }
+
+    fn count_in_words(&self, granules: Range<usize>, side: Side) -> usize {
+        words_of(granules)
+            .map(|(index, mask)| (self.word(index, side) & mask).count_ones() as usize)
+            .sum()
+    }
+
+    /// A word with the bits set whose granules are on `side`.
+    fn word(&self, index: usize, side: Side) -> u64 {
+        let word = self.words[index].load(Ordering::Acquire);
+        match side == self.initial {
+            true => !word,
+            false => word,
+        }
+    }
+
+    /// How many granules of a block are not on the initial side.
+    fn count(&self, block: usize) -> usize {
+        let lanes = self.counts[block / LANES].load(Ordering::Acquire);
+        (lanes >> lane(block) & LANE) as usize
+    }
+
+    fn raise(&self, block: usize, by: usize) {
+        let lanes = &self.counts[block / LANES];
+        lanes.fetch_add((by as u64) << lane(block), Ordering::Release);
+    }
+
+    fn lower(&self, block: usize, by: usize) {
+        let lanes = &self.counts[block / LANES];
+        lanes.fetch_sub((by as u64) << lane(block), Ordering::Release);
     }
 
     /// The map as one line of at most `width` cells: `.` shared, `#` private,
@@ -201,13 +276,28 @@ impl StateMap {
     }
 }
 
+/// Where the count of a block stands in its word.
+fn lane(block: usize) -> usize {
+    block % LANES * LANE_BITS
+}
+
+/// `granules`, cut at the multiples of `unit`.
+fn split(granules: Range<usize>, unit: usize) -> impl Iterator<Item = Range<usize>> {
+    let Range { mut start, end } = granules;
+    std::iter::from_fn(move || {
+        (start < end).then(|| {
+            let part = start..end.min((start / unit + 1) * unit);
+            start = part.end;
+            part
+        })
+    })
+}
+
 /// The words that hold `granules`, each with the bits concerned.
-fn words_of(granules: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
-    let Range { start, end } = granules;
-    let last = if start < end { end.div_ceil(BITS) } else { 0 };
-    (start / BITS..last).map(move |index| {
-        let first = index * BITS;
-        (index, start.saturating_sub(first)..BITS.min(end - first))
+fn words_of(granules: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    split(granules, WORD).map(|part| {
+        let bits = u64::MAX >> (WORD - part.len()) << (part.start % WORD);
+        (part.start / WORD, bits)
     })
 }
 

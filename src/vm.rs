@@ -1,7 +1,5 @@
 //! A VM: its trust agent, and which region lies at which guest-physical address.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -54,8 +52,15 @@ impl Binding {
     }
 }
 
-/// By first guest-physical address.
-pub(crate) type Bindings = BTreeMap<u64, Binding>;
+/// In order of guest-physical address.
+pub(crate) type Bindings = Vec<Binding>;
+
+/// Those that have any part of `gpa`.
+pub(crate) fn overlapping(bindings: &Bindings, gpa: Range) -> impl Iterator<Item = &Binding> {
+    let first = bindings.partition_point(|binding| binding.gpa.end() <= gpa.start());
+    let rest = bindings[first..].iter();
+    rest.take_while(move |binding| binding.gpa.start() < gpa.end())
+}
 
 /// What the guest sees of `offsets` of a region: each part, and where.
 pub(crate) fn seen<'a>(
@@ -64,7 +69,7 @@ pub(crate) fn seen<'a>(
     offsets: Range,
 ) -> impl Iterator<Item = (Range, Range)> {
     let own = |binding: &&Binding| std::ptr::eq(&*binding.region, region);
-    bindings.values().filter(own).filter_map(move |binding| {
+    bindings.iter().filter(own).filter_map(move |binding| {
         let part = binding.offsets().intersection(&offsets)?;
         Some((part, part.rebase(binding.offset, binding.gpa.start())))
     })
@@ -89,13 +94,9 @@ pub struct Vm {
     launch: RwLock<Launch>,
     /// Initial contents were given.
     pub(crate) populated: AtomicBool,
-    /// By first guest-physical address. Read by every conversion, changed only
-    /// when memory slots change.
+    /// Read by every conversion, changed only when memory slots change.
     bindings: ShardedLock<Bindings>,
     serials: AtomicU64,
-    /// Changes with every request, so that a fault that comes back can tell
-    /// whether one may have been in its way.
-    pub(crate) generation: AtomicU64,
     pub(crate) failed: FailedConversions,
     /// Files of the caller's where private contents lie.
     pub(crate) taken: Taken,
@@ -154,7 +155,6 @@ impl Vm {
             populated: AtomicBool::new(false),
             bindings: ShardedLock::default(),
             serials: AtomicU64::new(0),
-            generation: AtomicU64::new(0),
             failed: FailedConversions::default(),
             taken: Taken::default(),
         }))
@@ -193,7 +193,7 @@ impl Vm {
         }
         self.agent.finalize(self.kernel.as_ref())?;
         *launch = Launch::Finalized;
-        for binding in self.bindings().values() {
+        for binding in self.bindings().iter() {
             binding.region.free_sources(binding.offsets());
         }
         Ok(())
@@ -241,7 +241,7 @@ impl Vm {
             .bindings
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        for other in bindings.values() {
+        for other in bindings.iter() {
             if other.gpa.overlaps(&gpa) {
                 let what = format!("region '{}'", other.region.name());
                 let gpa = other.gpa;
@@ -260,7 +260,8 @@ impl Vm {
             offset,
         };
         self.apply_state(&binding)?;
-        bindings.insert(gpa.start(), binding);
+        let place = bindings.partition_point(|other| other.gpa.start() < gpa.start());
+        bindings.insert(place, binding);
         Ok(())
     }
 
@@ -273,10 +274,8 @@ impl Vm {
             .bindings
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        let binding = match bindings.entry(gpa.start()) {
-            Entry::Occupied(entry) if entry.get().gpa == gpa => entry.remove(),
-            _ => return Err(Error::NotBound(gpa)),
-        };
+        let place = bindings.iter().position(|binding| binding.gpa == gpa);
+        let binding = bindings.remove(place.ok_or(Error::NotBound(gpa))?);
         self.clear_state(&binding)
     }
 
@@ -286,7 +285,7 @@ impl Vm {
             .bindings
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        bindings.retain(|_, binding| {
+        bindings.retain(|binding| {
             let keep = !Arc::ptr_eq(&binding.region, region);
             if !keep {
                 // A range that could not be cleared is cleared by the next
@@ -300,7 +299,7 @@ impl Vm {
     /// The bindings of `region`, in order of guest-physical address.
     pub fn bindings_of(&self, region: &Arc<Region>) -> Vec<Binding> {
         self.bindings()
-            .values()
+            .iter()
             .filter(|binding| Arc::ptr_eq(&binding.region, region))
             .cloned()
             .collect()

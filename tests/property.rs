@@ -10,14 +10,23 @@ fn any_side() -> impl Strategy<Value = Side> {
     prop_oneof![Just(Side::Shared), Just(Side::Private)]
 }
 
+/// Where the words of a map end, and where its blocks of 4096 granules and the
+/// counts of four of them do.
+fn any_place() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        0usize..400,
+        (0usize..9, 0usize..3).prop_map(|(blocks, more)| (blocks * 4096 + more).saturating_sub(1)),
+    ]
+}
+
 proptest! {
     /// The state map does what one `bool` a granule does.
     #[test]
     fn state_map_is_a_vec_of_bool(
-        len in 1usize..400,
+        len in any_place(),
         initial in any_side(),
-        steps in prop::collection::vec((0usize..400, 0usize..400, any_side()), 0..40),
-        look in (0usize..400, 0usize..400),
+        steps in prop::collection::vec((any_place(), any_place(), any_side()), 0..40),
+        look in (any_place(), any_place()),
     ) {
         let map = StateMap::new(len, initial).unwrap();
         let mut model = vec![initial; len];
@@ -27,8 +36,12 @@ proptest! {
             model[start..end].fill(side);
         }
         prop_assert!((0..len).all(|g| map.side(g) == model[g]));
+        let all = model.iter().filter(|s| **s == Side::Private).count();
+        prop_assert_eq!(map.count_private(0..len), all);
         let saved = StateMap::from_bytes(len, &map.to_bytes()).unwrap();
         prop_assert!((0..len).all(|g| saved.side(g) == model[g]));
+        prop_assert_eq!(saved.count_private(0..len), all);
+        prop_assert!(saved.runs(0..len).eq(map.runs(0..len)));
         let (start, end) = ordered(look.0, look.1, len);
         let private = model[start..end].iter().filter(|s| **s == Side::Private).count();
         prop_assert_eq!(map.count_private(start..end), private);

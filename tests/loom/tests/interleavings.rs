@@ -7,7 +7,7 @@ use loom::sync::atomic::AtomicUsize;
 use loom::thread;
 
 use loom_tests::range::{GRANULE, Range};
-use loom_tests::range_lock::RangeLock;
+use loom_tests::range_lock::{RangeLock, Ranges};
 use loom_tests::state::{Side, StateMap};
 
 fn granules(start: u64, count: u64) -> Range {
@@ -15,7 +15,8 @@ fn granules(start: u64, count: u64) -> Range {
 }
 
 /// Runs each of `requests` in a thread of its own and counts who is inside.
-fn inside_at_most(requests: [Vec<Range>; 2]) -> usize {
+fn inside_at_most(requests: [&[Range]; 2]) -> usize {
+    let requests = requests.map(Ranges::from_slice);
     let most = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let seen = most.clone();
     loom::model(move || {
@@ -27,7 +28,7 @@ fn inside_at_most(requests: [Vec<Range>; 2]) -> usize {
             .map(|ranges| {
                 let (lock, inside, seen) = (lock.clone(), inside.clone(), seen.clone());
                 thread::spawn(move || {
-                    let _guard = lock.acquire(ranges);
+                    let _guard = lock.acquire_all(ranges);
                     let now = inside.fetch_add(1, Ordering::SeqCst) + 1;
                     seen.fetch_max(now, Ordering::SeqCst);
                     thread::yield_now();
@@ -45,19 +46,21 @@ fn inside_at_most(requests: [Vec<Range>; 2]) -> usize {
 /// No interleaving lets both in, and none leaves one waiting for ever.
 #[test]
 fn overlapping_ranges_exclude_each_other() {
-    let requests = [vec![granules(0, 4)], vec![granules(3, 4)]];
+    let requests = [&[granules(0, 4)][..], &[granules(3, 4)]];
     assert_eq!(inside_at_most(requests), 1);
-    // Either has a part that the other wants.
-    let requests = [
-        vec![granules(0, 1), granules(5, 1)],
-        vec![granules(5, 1), granules(0, 1)],
-    ];
+    // Either has a part that the other wants, near by or in another stripe.
+    for distance in [5, 5 * 512] {
+        let (first, second) = (granules(0, 1), granules(distance, 1));
+        let requests = [&[first, second][..], &[second, first]];
+        assert_eq!(inside_at_most(requests), 1);
+    }
+    let requests = [&[granules(0, 1024)][..], &[granules(511, 2)]];
     assert_eq!(inside_at_most(requests), 1);
 }
 
 #[test]
 fn disjoint_ranges_run_together() {
-    let requests = [vec![granules(0, 4)], vec![granules(4, 4)]];
+    let requests = [&[granules(0, 4)][..], &[granules(4, 4)]];
     assert_eq!(inside_at_most(requests), 2);
 }
 
@@ -93,5 +96,28 @@ fn neighbours_in_a_word_are_kept() {
         writer.join().unwrap();
         assert_eq!(map.count_private(0..8), 2);
         assert_eq!(map.side(1), Side::Private);
+    });
+}
+
+/// A block is passed over only if it has nothing of what is looked for: whatever
+/// others change in it, everybody finds what they changed themselves.
+#[test]
+fn nobody_passes_over_what_they_changed() {
+    loom::model(|| {
+        let map = Arc::new(StateMap::new(8, Side::Shared).unwrap());
+        map.set(4..8, Side::Private);
+        let finds = |map: &StateMap, side, granule| {
+            let mut runs = map.runs(0..8).filter(|run| run.side == side);
+            runs.any(|run| run.granules.contains(&granule))
+        };
+        let other = map.clone();
+        let writer = thread::spawn(move || {
+            other.set(0..4, Side::Private);
+            assert!(finds(&other, Side::Private, 3));
+        });
+        map.set(4..8, Side::Shared);
+        assert!(finds(&map, Side::Shared, 4));
+        writer.join().unwrap();
+        assert_eq!(map.count_private(0..8), 4);
     });
 }
