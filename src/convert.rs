@@ -294,7 +294,7 @@ impl Vm {
     fn generation(&self, fault: Range) -> u64 {
         let bindings = self.bindings();
         let segments = resolve(&bindings, fault);
-        segments.iter().map(|s| s.region.lock.arrivals()).sum()
+        segments.iter().map(|s| s.region.requests.get()).sum()
     }
 
     /// Whether a fault asks for anything that is not so already. (Another vCPU
@@ -571,13 +571,15 @@ fn count(segments: &[Segment], end: u64, ok: bool) {
     for segment in segments {
         let region = segment.region;
         let open = segment.gpa.is_some_and(|gpa| gpa.end() > end);
-        if open || serials.contains(&region.serial) {
+        if serials.contains(&region.serial) {
             continue;
         }
         serials.push(region.serial);
-        match ok {
-            true => region.conversions.add_one(),
-            false => region.failed.add_one(),
+        region.requests.add_one();
+        match (open, ok) {
+            (true, _) => region.unfinished.add_one(),
+            (false, false) => region.failed.add_one(),
+            (false, true) => {}
         }
     }
 }

@@ -8,7 +8,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`range`] | checked byte ranges; the only place that does arithmetic on what a guest sent |
-//! | [`state`] | the state map: one bit per granule, lock-free to read |
+//! | [`state`] | the state map: one bit per granule, one count per block, lock-free to read |
 //! | `range_lock` | orders conversions of overlapping ranges, first come, first served |
 //! | [`kernel`] | every call into the kernel, behind a trait so that tests can fail each of them |
 //! | [`store`] | the two fds of a region: `guest_memfd` (private) and memfd (shared) |
@@ -18,6 +18,7 @@
 //! | `memory` | what a region's stores hold: taken beforehand, kept, given back, moved |
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `failed` | the last requests that failed |
+//! | `counter` | figures that many threads raise |
 //! | `counter` | figures that many threads raise |
 //! | `convert` | the conversion path, its order and its undo |
 //! | `places` | where private contents lie that were moved |

@@ -1,12 +1,13 @@
 //! The lock of a region: orders conversions of overlapping ranges.
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use crossbeam::utils::CachePadded;
 use smallvec::{SmallVec, smallvec};
 
-use crate::range::Range;
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::range::{GRANULE, Range};
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard};
 
 /// Ranges of one request: more of them cost an allocation.
 pub type Ranges = SmallVec<[Range; 2]>;
@@ -28,11 +29,19 @@ pub struct RangeLock {
     stripes: [CachePadded<Stripe>; STRIPES],
 }
 
+/// Most requests are small and meet nobody: such a one is `alone` in its stripe
+/// without a look at the queue. Whoever finds somebody there queues up, and from
+/// then on until the queue is empty everybody does.
 #[derive(Default)]
 struct Stripe {
+    /// 0 if there is nobody; otherwise [`Alone`], with `QUEUE` if anybody is
+    /// in the queue. `QUEUE` changes only with the queue locked.
+    alone: AtomicU64,
     queue: Mutex<Queue>,
     released: Condvar,
 }
+
+const QUEUE: u64 = 1 << 63;
 
 /// Who holds or waits for which ranges, in order of arrival: as many requests as
 /// there are vCPUs at most, and so it is scanned.
@@ -53,19 +62,43 @@ struct Ticket {
 /// Holds ranges of a [`RangeLock`] until dropped.
 pub struct RangeGuard<'a> {
     lock: &'a RangeLock,
-    ranges: Ranges,
-    /// Where they are kept, one bit a stripe.
-    stripes: u16,
+    held: Held,
+}
+
+enum Held {
+    /// One range, alone in this stripe.
+    Alone(usize, Alone),
+    /// Ranges, and the stripes that keep them, one bit each.
+    Queued(Ranges, u16),
+}
+
+/// A range in one word: the granules in the upper half but the first bit, and
+/// the first granule, plus 1 so that it is never 0, in the lower.
+#[derive(Clone, Copy)]
+struct Alone(u64);
+
+impl Alone {
+    /// None for a range that does not fit.
+    fn new(range: &Range) -> Option<Alone> {
+        let first = u32::try_from(range.start() / GRANULE + 1).ok()?;
+        let granules = u32::try_from(range.len() / GRANULE).ok()?;
+        let is_small = granules < 1 << 31;
+        is_small.then_some(Alone(u64::from(granules) << 32 | u64::from(first)))
+    }
+
+    /// What a stripe's word says, if there is somebody.
+    fn of(word: u64) -> Option<Range> {
+        let (granules, first) = ((word & !QUEUE) >> 32, word & u64::from(u32::MAX));
+        Range::new(first.checked_sub(1)? * GRANULE, granules * GRANULE).ok()
+    }
 }
 
 impl Queue {
-    fn is_blocked(&self, number: u64) -> bool {
-        if self.tickets[0].number == number {
-            return false;
-        }
+    fn is_blocked(&self, number: u64, alone: Option<Range>) -> bool {
         let own = self.tickets.iter().filter(|own| own.number == number);
-        let mut earlier = self.tickets.iter().take_while(|t| t.number < number);
-        earlier.any(|other| own.clone().any(|own| own.range.overlaps(&other.range)))
+        let earlier = self.tickets.iter().take_while(|t| t.number < number);
+        let mut others = earlier.map(|t| t.range).chain(alone);
+        others.any(|other| own.clone().any(|own| own.range.overlaps(&other)))
     }
 
     /// Of equal ranges the first one holds the lock, and so it is the one that
@@ -79,7 +112,15 @@ impl Queue {
 impl RangeLock {
     /// As [`RangeLock::acquire_all`], for one range.
     pub fn acquire(&self, range: Range) -> RangeGuard<'_> {
-        self.acquire_all(smallvec![range])
+        let stripes = bits_of(&range);
+        if let (true, Some(alone)) = (stripes.is_power_of_two(), Alone::new(&range)) {
+            let stripe = stripes.trailing_zeros() as usize;
+            if self.stripes[stripe].enter_alone(alone) {
+                let held = Held::Alone(stripe, alone);
+                return RangeGuard { lock: self, held };
+            }
+        }
+        self.queue_up(smallvec![range], stripes)
     }
 
     /// Waits until nobody who came earlier holds, or waits for, any part of
@@ -87,19 +128,15 @@ impl RangeLock {
     /// could be waited for by whom it waits for.
     pub fn acquire_all(&self, ranges: Ranges) -> RangeGuard<'_> {
         let stripes = ranges.iter().fold(0, |bits, range| bits | bits_of(range));
+        self.queue_up(ranges, stripes)
+    }
+
+    fn queue_up(&self, ranges: Ranges, stripes: u16) -> RangeGuard<'_> {
         for stripe in self.stripes(stripes) {
             stripe.enter(&ranges);
         }
-        RangeGuard {
-            lock: self,
-            ranges,
-            stripes,
-        }
-    }
-
-    /// Changes whenever somebody asks for any part of the region.
-    pub fn arrivals(&self) -> u64 {
-        self.stripes.iter().map(|s| s.queue().arrived).sum()
+        let held = Held::Queued(ranges, stripes);
+        RangeGuard { lock: self, held }
     }
 
     /// The stripes whose bits are set, in their order.
@@ -125,9 +162,29 @@ fn bits_of(range: &Range) -> u16 {
 }
 
 impl Stripe {
+    fn enter_alone(&self, alone: Alone) -> bool {
+        let entered = self
+            .alone
+            .compare_exchange(0, alone.0, Ordering::Acquire, Ordering::Relaxed);
+        entered.is_ok()
+    }
+
+    fn leave_alone(&self, alone: Alone) {
+        let left = self
+            .alone
+            .compare_exchange(alone.0, 0, Ordering::Release, Ordering::Relaxed);
+        if left.is_err() {
+            // There is a queue.
+            let queue = self.queue();
+            self.alone.fetch_and(QUEUE, Ordering::Release);
+            self.wake(&queue);
+        }
+    }
+
     /// Takes its place in the queue, and waits there for its turn.
     fn enter(&self, ranges: &[Range]) {
         let mut queue = self.queue();
+        self.alone.fetch_or(QUEUE, Ordering::Relaxed);
         let number = queue.arrived;
         queue.arrived += 1;
         let tickets = ranges.iter().map(|range| Ticket {
@@ -135,7 +192,8 @@ impl Stripe {
             range: *range,
         });
         queue.tickets.extend(tickets);
-        while queue.is_blocked(number) {
+        let alone = || Alone::of(self.alone.load(Ordering::Acquire));
+        while queue.is_blocked(number, alone()) {
             queue.waiting += 1;
             queue = self
                 .released
@@ -148,6 +206,13 @@ impl Stripe {
     fn leave(&self, ranges: &[Range]) {
         let mut queue = self.queue();
         ranges.iter().for_each(|range| queue.remove(range));
+        if queue.tickets.is_empty() {
+            self.alone.fetch_and(!QUEUE, Ordering::Release);
+        }
+        self.wake(&queue);
+    }
+
+    fn wake(&self, queue: &Queue) {
         if queue.waiting > 0 {
             self.released.notify_all();
         }
@@ -161,8 +226,12 @@ impl Stripe {
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        for stripe in self.lock.stripes(self.stripes) {
-            stripe.leave(&self.ranges);
+        match &self.held {
+            Held::Alone(stripe, alone) => self.lock.stripes[*stripe].leave_alone(*alone),
+            Held::Queued(ranges, stripes) => {
+                let stripes = self.lock.stripes(*stripes);
+                stripes.for_each(|stripe| stripe.leave(ranges));
+            }
         }
     }
 }
@@ -191,12 +260,29 @@ mod tests {
                 order.lock().unwrap().push(granules);
             };
             scope.spawn(move || take(8));
-            waiting(2);
+            waiting(1);
             scope.spawn(move || take(1));
-            waiting(3);
+            waiting(2);
             drop(first);
         });
         assert_eq!(*order.lock().unwrap(), [8, 1]);
+    }
+
+    #[test]
+    fn a_range_in_a_word_is_the_same_range() {
+        let (most, last) = ((1 << 31) - 1, u32::MAX as u64 - 1);
+        for (first, granules) in [(0, 1), (5, 7), (0, most), (last, 1), (last, most)] {
+            let range = Range::new(first * GRANULE, granules * GRANULE).unwrap();
+            let word = Alone::new(&range).unwrap().0;
+            assert_eq!(word & QUEUE, 0);
+            assert_eq!(Alone::of(word | QUEUE), Some(range));
+        }
+        for (first, granules) in [(0, most + 1), (last + 1, 1)] {
+            let range = Range::new(first * GRANULE, granules * GRANULE).unwrap();
+            assert!(Alone::new(&range).is_none());
+        }
+        assert_eq!(Alone::of(0), None);
+        assert_eq!(Alone::of(QUEUE), None);
     }
 
     #[test]

@@ -61,8 +61,11 @@ pub struct Region {
     pub(crate) policy: OnceLock<NumaPolicy>,
     pub(crate) lock: RangeLock,
     pub(crate) listeners: Listeners,
-    pub(crate) conversions: Counter,
+    /// Requests that touched this region, and of these those that failed and
+    /// those that wait to be called again: one counter to raise for the others.
+    pub(crate) requests: Counter,
     pub(crate) failed: Counter,
+    pub(crate) unfinished: Counter,
     pub(crate) failures: Failures,
 }
 
@@ -151,8 +154,9 @@ impl Region {
             policy: OnceLock::new(),
             lock: RangeLock::default(),
             listeners: Listeners::default(),
-            conversions: Counter::default(),
+            requests: Counter::default(),
             failed: Counter::default(),
+            unfinished: Counter::default(),
             failures: Failures::default(),
         }))
     }
@@ -287,6 +291,7 @@ impl Region {
     /// the figures are of slightly different moments.
     pub fn info(&self) -> Info {
         let private = self.state.count_private(self.size.granules()) as u64 * GRANULE;
+        let (failed, unfinished) = (self.failed.get(), self.unfinished.get());
         Info {
             size: self.size(),
             private,
@@ -296,8 +301,8 @@ impl Region {
             held_twice: self.held_twice(),
             relocated: self.lying_elsewhere(|_| true),
             swapped: self.lying_elsewhere(|store| !store.is_in_memory()),
-            conversions: self.conversions.get(),
-            failed_conversions: self.failed.get(),
+            conversions: self.requests.get().saturating_sub(failed + unfinished),
+            failed_conversions: failed,
             memory_failures: self.failures.count(),
         }
     }

@@ -28,7 +28,8 @@ use crate::sync::{AtomicU64, zeroed_words};
 const WORD: usize = u64::BITS as usize;
 
 /// Granules of a block: 16 MiB, whose bits fill eight cache lines.
-const BLOCK: usize = 64 * WORD;
+const BLOCK: usize = BLOCK_WORDS * WORD;
+const BLOCK_WORDS: usize = 64;
 
 /// Four counts of 16 bits share a word, so that one look passes over 64 MiB.
 const LANES: usize = 4;
@@ -59,6 +60,125 @@ impl Side {
 pub struct Run {
     pub granules: Range<usize>,
     pub side: Side,
+}
+
+/// What [`StateMap::runs`] returns: sides take turns, even where another thread
+/// converts meanwhile, as every word is looked at once.
+pub struct Runs<'a> {
+    map: &'a StateMap,
+    /// Where the next run begins, ...
+    at: usize,
+    end: usize,
+    /// ... and whether its bits are set.
+    set: bool,
+    /// The word that was looked at last, and what of it is left: the bits that
+    /// differ from the one before.
+    word: usize,
+    flips: u64,
+    /// Words that were scanned, and one bit for each of them that is left and has
+    /// more than granules of which the bit is `scanned_for`.
+    scanned: Range<usize>,
+    others: u64,
+    scanned_for: bool,
+}
+
+impl Runs<'_> {
+    /// Where the run ends that begins at `at`.
+    #[inline]
+    fn run_end(&mut self) -> usize {
+        if self.flips == 0 && !self.find_flips() {
+            return self.end;
+        }
+        let granule = self.word * WORD + self.flips.trailing_zeros() as usize;
+        self.flips &= self.flips - 1;
+        granule.min(self.end)
+    }
+
+    /// Goes on to the next word that has more than the run has, if there is one
+    /// before the end.
+    fn find_flips(&mut self) -> bool {
+        if self.set != self.scanned_for {
+            self.scan(self.word + 1);
+        }
+        loop {
+            while self.others != 0 {
+                let word = self.scanned.start + self.others.trailing_zeros() as usize;
+                self.others &= self.others - 1;
+                let bits = self.map.words[word].load(Ordering::Acquire);
+                self.flips = flips(bits, self.set);
+                if self.flips != 0 {
+                    self.word = word;
+                    return true;
+                }
+            }
+            if self.scanned.end * WORD >= self.end {
+                return false;
+            }
+            self.scan(self.scanned.end);
+        }
+    }
+
+    /// Notes which words from `word` on have more than the run has: those of a
+    /// block at once, without a branch for each, which a CPU would guess wrong.
+    fn scan(&mut self, word: usize) {
+        let end = self.end.div_ceil(WORD);
+        let start = match word.is_multiple_of(BLOCK_WORDS) {
+            true => end.min(self.pass_over(word / BLOCK_WORDS) * BLOCK_WORDS),
+            false => word,
+        };
+        let words = start..end.min((start / BLOCK_WORDS + 1) * BLOCK_WORDS);
+        let same = if self.set { u64::MAX } else { 0 };
+        let others = self.map.words[words.clone()].iter().enumerate();
+        self.others = others.fold(0, |others, (index, word)| {
+            others | u64::from(word.load(Ordering::Acquire) != same) << index
+        });
+        self.scanned = words;
+        self.scanned_for = self.set;
+    }
+
+    /// The first block from `block` on that has more than the run has, or the
+    /// first one after the end.
+    fn pass_over(&self, mut block: usize) -> usize {
+        let same = if self.set { FULL } else { 0 };
+        let end = self.end.div_ceil(BLOCK);
+        while block < end {
+            if block.is_multiple_of(LANES) {
+                let lanes = &self.map.counts[block / LANES..end / LANES];
+                let is_same = |lanes: &&AtomicU64| lanes.load(Ordering::Acquire) == same;
+                block += lanes.iter().take_while(is_same).count() * LANES;
+            }
+            if block < end && self.map.count(block) as u64 != same & LANE {
+                break;
+            }
+            block += 1;
+        }
+        block
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Run;
+
+    #[inline]
+    fn next(&mut self) -> Option<Run> {
+        if self.at >= self.end {
+            return None;
+        }
+        let granules = self.at..self.run_end();
+        let side = match self.set {
+            false => self.map.initial,
+            true => self.map.initial.other(),
+        };
+        self.at = granules.end;
+        self.set = !self.set;
+        Some(Run { granules, side })
+    }
+}
+
+/// The bits of a word that differ from the one before, of which the first one's
+/// is `set`.
+fn flips(bits: u64, set: bool) -> u64 {
+    bits ^ (bits << 1 | u64::from(set))
 }
 
 /// One bit per granule, and one count per block.
@@ -175,55 +295,28 @@ impl StateMap {
     }
 
     /// The runs of `granules` in order, cut off at its ends.
-    pub fn runs(&self, granules: Range<usize>) -> impl Iterator<Item = Run> {
+    pub fn runs(&self, granules: Range<usize>) -> Runs<'_> {
         assert!(granules.end <= self.granules);
-        let mut at = granules.start;
-        std::iter::from_fn(move || {
-            (at < granules.end).then(|| {
-                let side = self.side(at);
-                // After `at` in any case, even where another thread converts
-                // it meanwhile.
-                let end = self.find(at + 1..granules.end, side.other());
-                let run = Run {
-                    granules: at..end,
-                    side,
-                };
-                at = end;
-                run
-            })
-        })
-    }
-
-    /// The first of `granules` that is on `side`; their end if none is.
-    fn find(&self, granules: Range<usize>, side: Side) -> usize {
-        let Range { start: mut at, end } = granules;
-        let none = match side == self.initial {
-            true => FULL,
-            false => 0,
+        let Range { start: at, end } = granules;
+        let mut runs = Runs {
+            map: self,
+            at,
+            end,
+            set: false,
+            word: at / WORD,
+            flips: 0,
+            scanned: 0..0,
+            others: 0,
+            scanned_for: false,
         };
-        while at < end {
-            let lanes = at / (BLOCK * LANES);
-            let next = (lanes + 1) * BLOCK * LANES;
-            if next <= end && self.counts[lanes].load(Ordering::Acquire) == none {
-                at = next;
-                continue;
-            }
-            let rest = end.min((at / BLOCK + 1) * BLOCK);
-            if self.count(at / BLOCK) as u64 != none & LANE
-                && let Some(found) = self.find_in_words(at..rest, side)
-            {
-                return found;
-            }
-            at = rest;
+        if at < end {
+            let bits = self.words[runs.word].load(Ordering::Acquire);
+            runs.set = bits >> (at % WORD) & 1 == 1;
+            runs.scanned = runs.word..runs.word + 1;
+            runs.scanned_for = runs.set;
+            runs.flips = flips(bits, false) & (u64::MAX << (at % WORD) << 1);
         }
-        end
-    }
-
-    fn find_in_words(&self, granules: Range<usize>, side: Side) -> Option<usize> {
-        words_of(granules).find_map(|(index, mask)| {
-            let found = self.word(index, side) & mask;
-            (found != 0).then(|| index * WORD + found.trailing_zeros() as usize)
-        })
+        runs
     }
 
     fn count_in_words(&self, granules: Range<usize>, side: Side) -> usize {

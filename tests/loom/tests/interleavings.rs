@@ -15,11 +15,14 @@ fn granules(start: u64, count: u64) -> Range {
 }
 
 /// Runs each of `requests` in a thread of its own and counts who is inside.
-fn inside_at_most(requests: [&[Range]; 2]) -> usize {
+fn inside_at_most<const N: usize>(requests: [&[Range]; N]) -> usize {
     let requests = requests.map(Ranges::from_slice);
     let most = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let seen = most.clone();
-    loom::model(move || {
+    let mut model = loom::model::Builder::new();
+    // All interleavings of three take too long; few need more switches.
+    model.preemption_bound = (N > 2).then_some(2);
+    model.check(move || {
         let lock = Arc::new(RangeLock::default());
         let inside = Arc::new(AtomicUsize::new(0));
         let threads: Vec<_> = requests
@@ -28,7 +31,10 @@ fn inside_at_most(requests: [&[Range]; 2]) -> usize {
             .map(|ranges| {
                 let (lock, inside, seen) = (lock.clone(), inside.clone(), seen.clone());
                 thread::spawn(move || {
-                    let _guard = lock.acquire_all(ranges);
+                    let _guard = match ranges[..] {
+                        [range] => lock.acquire(range),
+                        _ => lock.acquire_all(ranges),
+                    };
                     let now = inside.fetch_add(1, Ordering::SeqCst) + 1;
                     seen.fetch_max(now, Ordering::SeqCst);
                     thread::yield_now();
@@ -54,13 +60,20 @@ fn overlapping_ranges_exclude_each_other() {
         let requests = [&[first, second][..], &[second, first]];
         assert_eq!(inside_at_most(requests), 1);
     }
+    let one = &[granules(3, 1)][..];
+    assert_eq!(inside_at_most([one, one, one]), 1);
+    // One that fits into a stripe, and one that does not.
     let requests = [&[granules(0, 1024)][..], &[granules(511, 2)]];
+    assert_eq!(inside_at_most(requests), 1);
+    let requests = [&[granules(0, 1024)][..], &[granules(600, 1)]];
     assert_eq!(inside_at_most(requests), 1);
 }
 
 #[test]
 fn disjoint_ranges_run_together() {
     let requests = [&[granules(0, 4)][..], &[granules(4, 4)]];
+    assert_eq!(inside_at_most(requests), 2);
+    let requests = [&[granules(0, 4)][..], &[granules(4, 1024)]];
     assert_eq!(inside_at_most(requests), 2);
 }
 
