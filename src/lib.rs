@@ -19,7 +19,6 @@
 //! | [`vm`] | bindings of regions to guest-physical addresses, and the trust agent |
 //! | `failed` | the last requests that failed |
 //! | `counter` | figures that many threads raise |
-//! | `counter` | figures that many threads raise |
 //! | `convert` | the conversion path, its order and its undo |
 //! | `places` | where private contents lie that were moved |
 //! | [`relocate`] | moving private contents while the guest runs |

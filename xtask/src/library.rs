@@ -66,6 +66,12 @@ pub fn build(cx: &Context) -> Result<PathBuf> {
     named(files, "libprivmem.a")
 }
 
+/// Builds our half of the bench of book-keeping.
+pub fn bench(cx: &Context) -> Result<PathBuf> {
+    let files = artifacts(cx, "the bench", &["-p", "bench-tracking", "--lib"])?;
+    named(files, "libbench_tracking.a")
+}
+
 /// Builds the program that is the lab's first process.
 pub fn driver(cx: &Context) -> Result<PathBuf> {
     let files = artifacts(cx, "the lab's driver", &["-p", "lab-driver", "--bins"])?;

@@ -5,6 +5,7 @@
 //! cache, and the cache may be deleted at any time.
 
 mod apt;
+mod bench;
 mod cache;
 mod checkpatch;
 mod coverage;
@@ -75,6 +76,15 @@ enum Command {
         /// Run only these of the lab's tests (may be repeated)
         #[arg(long, value_name = "NAME", value_delimiter = ',')]
         lab_test: Vec<String>,
+    },
+    /// Measure what conversions cost beside QEMU's own tracking
+    Bench {
+        /// Fail if a figure misses its bar
+        #[arg(long)]
+        check: bool,
+        /// Write all figures to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
     },
     /// Boot the lab with a shell on this terminal, or run a command in it
     Lab {
@@ -181,6 +191,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             let chosen = suites::Chosen { suite, full, line };
             Ok(suites::run(&cx, &chosen, &lab_test))
         }
+        Command::Bench { check, json } => bench::run(&cx, check, json),
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {
             lab::command(&cx, boot.line, boot.limit(), &command.join(" "))
