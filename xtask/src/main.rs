@@ -12,6 +12,7 @@ mod coverage;
 mod demo;
 mod docs;
 mod full;
+mod fuzz;
 mod header;
 mod kernel;
 mod lab;
@@ -93,6 +94,12 @@ enum Command {
         /// A shell command to run in the lab; its exit status becomes ours
         #[arg(last = true)]
         command: Vec<String>,
+    },
+    /// Fuzz the C interface, with a sanitizer
+    Fuzz {
+        /// How long
+        #[arg(long, default_value_t = 600)]
+        seconds: u64,
     },
     /// Fetch, patch and build QEMU; print where the binary is
     Qemu {
@@ -192,6 +199,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             Ok(suites::run(&cx, &chosen, &lab_test))
         }
         Command::Bench { check, json } => bench::run(&cx, check, json),
+        Command::Fuzz { seconds } => fuzz::command(&cx, seconds),
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {
             lab::command(&cx, boot.line, boot.limit(), &command.join(" "))

@@ -17,6 +17,7 @@ use crate::checkpatch;
 use crate::coverage;
 use crate::docs;
 use crate::full;
+use crate::fuzz;
 use crate::header;
 use crate::lab::Lab;
 use crate::library;
@@ -46,6 +47,7 @@ pub enum Suite {
     Rust,
     Miri,
     CClient,
+    Fuzz,
     Packaging,
     Coverage,
     Xtask,
@@ -108,6 +110,7 @@ impl Suite {
             Self::Rust => cargo_test(cx, "cargo test", &["--workspace", "--exclude", "xtask"]),
             Self::Miri => miri::suite(cx),
             Self::CClient => c_clients(cx),
+            Self::Fuzz => fuzz::suite(cx),
             Self::Packaging => packaging::suite(cx),
             Self::Coverage => coverage::suite(cx),
             Self::Xtask => cargo_test(cx, "cargo test xtask", &["--package", "xtask"]),
