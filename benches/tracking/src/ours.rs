@@ -133,7 +133,7 @@ fn no_command() -> CommandResult {
 
 impl Kernel for Nothing {
     fn check_extension(&self, _: BorrowedFd, _: u32) -> io::Result<u32> {
-        Ok(KVM_MEMORY_ATTRIBUTE_PRIVATE as u32)
+        Ok(KVM_MEMORY_ATTRIBUTE_PRIVATE)
     }
 
     fn create_guest_memfd(&self, _: BorrowedFd, size: u64) -> io::Result<OwnedFd> {

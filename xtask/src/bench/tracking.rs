@@ -215,7 +215,7 @@ impl Figures {
 
     /// Draws what a conversion of one page costs against the size of the guest.
     pub fn plot(&self, path: &Path) -> Result<()> {
-        let of = |name: &str, pick: fn(&Figure) -> Option<Spread>| -> Vec<(f64, f64)> {
+        let of = |name: &str, pick: fn(&Figure) -> Option<Spread>| -> Points {
             let figures = self.figures.iter().filter(|figure| figure.name == name);
             let points = figures.filter_map(|f| Some((f.gib as f64, pick(f)?.median)));
             points.collect()
@@ -237,9 +237,11 @@ impl Figures {
     }
 }
 
+type Points = Vec<(f64, f64)>;
+
 fn draw(
     path: &Path,
-    lines: &[(&str, RGBColor, Vec<(f64, f64)>)],
+    lines: &[(&str, RGBColor, Points)],
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::new(path, (800, 500)).into_drawing_area();
     area.fill(&WHITE)?;
