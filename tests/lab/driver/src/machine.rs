@@ -497,6 +497,7 @@ impl Side {
 #[serde(rename_all = "kebab-case")]
 pub struct PrivateMemory {
     pub id: String,
+    pub backend: bool,
     pub agent: String,
     pub size: u64,
     pub granule: u64,
