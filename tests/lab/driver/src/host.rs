@@ -51,12 +51,17 @@ pub fn kernel() -> String {
     }
 }
 
+/// Puts busybox's tools where a shell finds them.
+pub fn install_tools() -> Result<()> {
+    let mut install = Command::new("/bin/busybox");
+    let status = install.args(["--install", "-s", "/bin"]).status()?;
+    ensure!(status.success(), "busybox --install: {status}");
+    Ok(())
+}
+
 fn shell() -> Command {
-    if Path::new("/bin/busybox").exists() {
-        let _ = Command::new("/bin/busybox")
-            .args(["--install", "-s", "/bin"])
-            .status();
-    }
+    // Without them there is still a shell.
+    let _ = install_tools();
     let mut shell = Command::new("/bin/sh");
     shell
         .env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
