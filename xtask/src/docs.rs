@@ -1,9 +1,9 @@
 //! The documents' own commands and messages: what stands there is what runs,
 //! and what is shown is what is printed.
 //!
-//! Commands of QEMU, and what a block does around them, run in the lab, virsh
-//! and systemd where the machine has them or gets them, all others here. A
-//! command that nothing here knows how to run is an error, and so is a message
+//! Commands of QEMU, and what a block does around them, run in the lab, those
+//! that need no KVM here as well; virsh and systemd where the machine has them
+//! or gets them; all others here. A command that nothing here knows how to run is an error, and so is a message
 //! under "Troubleshooting" that no test looks for.
 
 use std::collections::BTreeMap;
@@ -65,6 +65,11 @@ impl Documented {
         self.command.starts_with(qemu::SYSTEM)
     }
 
+    /// Whether a host needs no KVM to see what it shows.
+    fn runs_anywhere(&self) -> bool {
+        self.command.contains("-accel tcg") && !self.monitor.is_empty()
+    }
+
     fn is_of_virsh(&self) -> bool {
         self.command.starts_with(recipes::VIRSH)
     }
@@ -98,12 +103,24 @@ pub fn suite(cx: &Context) -> Result<Tally> {
     let mut copying = Command::new("cp");
     copying.arg("-r").arg(&own_tree).arg(&patched_tree);
     run::step(&cx.cache, "copy QEMU's source", copying)?;
-    let mut commands = documented(&cx.root)?;
-    commands.retain(|documented| !documented.is_of_qemu());
-    let (virsh, here): (Vec<_>, Vec<_>) = commands.into_iter().partition(Documented::is_of_virsh);
+    let commands = documented(&cx.root)?.into_iter();
+    let (of_qemu, others): (Vec<_>, Vec<_>) = commands.partition(Documented::is_of_qemu);
+    let transcripts = of_qemu.into_iter().filter(Documented::runs_anywhere);
+    let (virsh, here): (Vec<_>, Vec<_>) = others.into_iter().partition(Documented::is_of_virsh);
     for (real, documented) in once_each(&here, &own_tree, &patched_tree, &mut tally) {
         let name = format!("{}: {}", documented.at, documented.command);
-        tally.check(&name, run_here(cx, &real, &documented.printed));
+        tally.check(
+            &name,
+            run_here(cx, &documented.at, &real, &documented.printed),
+        );
+    }
+    let system = {
+        let _guard = cx.cache.lock()?;
+        qemu::build_any(cx, None, &[qemu::SYSTEM], &[])?.system()
+    };
+    for documented in transcripts {
+        let name = format!("{}: {}", documented.at, documented.command);
+        tally.check(&name, run_monitor(cx, &system, &documented));
     }
     let page = page(&cx.root)?;
     recipes::check(cx, PAGE, &page, &virsh, &mut tally)?;
@@ -316,11 +333,13 @@ fn real(command: &str, qemu_source: &Path) -> Result<String> {
     Ok(real.replace("/path/to/qemu", &qemu_source.display().to_string()))
 }
 
-fn run_here(cx: &Context, real: &str, printed: &[String]) -> Result<()> {
+fn run_here(cx: &Context, at: &str, real: &str, printed: &[String]) -> Result<()> {
     let mut shell = Command::new("sh");
     shell.args(["-euc", real]).current_dir(&cx.root);
     shell.env("PATH", qemu::in_front(&setup::meson(cx)?, "PATH")?);
-    let ended = run::attempt(&cx.cache, &format!("document: {real}"), shell)?;
+    // It becomes the log's name, too.
+    let label: String = format!("{at}: {real}").chars().take(120).collect();
+    let ended = run::attempt(&cx.cache, &label, shell)?;
     ensure!(
         ended.success,
         "it failed; the full log is {}",
@@ -328,6 +347,23 @@ fn run_here(cx: &Context, real: &str, printed: &[String]) -> Result<()> {
     );
     same_transcript(printed, &fs::read_to_string(&ended.log)?)
         .with_context(|| format!("the full log is {}", ended.log.display()))
+}
+
+/// Types what a document has typed at the monitor of the QEMU that `cargo xtask
+/// qemu` makes, without the lab's firmware and devices.
+fn run_monitor(cx: &Context, system: &Path, documented: &Documented) -> Result<()> {
+    let typed = documented.monitor.iter().map(|typed| typed.text.as_str());
+    let typed: Vec<_> = typed.chain(["quit"]).collect();
+    let command = documented.command.replace(" ...", "");
+    let command = command.replacen(qemu::SYSTEM, &system.display().to_string(), 1);
+    let printed = documented.monitor.iter().flat_map(|typed| &typed.printed);
+    let printed: Vec<_> = printed.cloned().collect();
+    run_here(
+        cx,
+        &documented.at,
+        &format!("printf '{}\\n' | {command}", typed.join("\\n")),
+        &printed,
+    )
 }
 
 /// All that a document shows is printed, in its order, but for figures.
