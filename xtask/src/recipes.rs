@@ -7,6 +7,7 @@
 //! what the lab starts, with the private memory of a real kernel.
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::Context;
 use crate::docs::{Documented, Typed, rst_blocks};
 use crate::lab::Lab;
 use crate::protocol::{Event, Verdict};
+use crate::qemu;
 use crate::run;
 use crate::setup;
 use crate::suites::Tally;
@@ -26,6 +28,9 @@ pub const VIRSH: &str = "virsh ";
 
 const LAB_LIMIT: Duration = Duration::from_secs(5 * 60);
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
+/// What shows that the backend is where the guest has its RAM.
+const CONVERTED: &str = "private            8 MiB";
+const NOBODY: u32 = 65534;
 const LIBVIRT: &[&str] = &["libvirt-clients", "libvirt-daemon-driver-qemu"];
 const SYSTEMD: &[&str] = &["systemd"];
 
@@ -79,7 +84,7 @@ pub fn check(
     let domain = format!("{name}: the domain of libvirt");
     match setup::packages(cx, LIBVIRT).and_then(|()| Libvirt::new(&lab)) {
         Ok(libvirt) => {
-            let starts = libvirt.starts(&lab, page, virsh);
+            let starts = libvirt.starts(page, virsh);
             tally.check(&format!("{domain}, emulated"), starts);
             let in_the_lab = libvirt
                 .command_line(page)
@@ -113,22 +118,32 @@ fn verify(lab: &Lab, page: &str) -> Result<()> {
 }
 
 /// Libvirt within virsh, which needs no daemon, and a folder for all that it
-/// keeps.
+/// keeps and starts. Root's own would want users that only the daemon's package
+/// makes: it runs as nobody then.
 struct Libvirt {
     dir: TempDir,
-    emulator: String,
+    is_root: bool,
 }
 
 impl Libvirt {
     fn new(lab: &Lab) -> Result<Self> {
         let libvirt = Self {
             dir: tempfile::tempdir()?,
-            emulator: lab.system().display().to_string(),
+            is_root: run::ask(Command::new("id").arg("-u"))? == "0",
         };
         let etc = libvirt.path("root/etc");
         fs::create_dir_all(&etc)?;
         // There is no virtlogd either.
         fs::write(etc.join("qemu.conf"), "stdio_handler = \"file\"\n")?;
+        fs::copy(lab.system(), libvirt.path(qemu::SYSTEM))?;
+        for name in ["kvmvapic.bin", "qboot.rom"] {
+            fs::copy(lab.firmware().join(name), libvirt.path(name))?;
+        }
+        if libvirt.is_root {
+            let owner = format!("{NOBODY}:{NOBODY}");
+            let mut chown = Command::new("chown");
+            run::ask(chown.args(["-R", &owner]).arg(libvirt.dir.path()))?;
+        }
         libvirt.virsh("uri")?;
         Ok(libvirt)
     }
@@ -137,17 +152,16 @@ impl Libvirt {
         self.dir.path().join(name)
     }
 
-    /// Root's own libvirt would want users of its own: it gets another's number.
+    fn emulator(&self) -> String {
+        self.path(qemu::SYSTEM).display().to_string()
+    }
+
     fn virsh(&self, commands: &str) -> Result<String> {
         let root = self.path("root");
-        let mut command = match run::ask(Command::new("id").arg("-u"))?.as_str() {
-            "0" => {
-                let mut unshare = Command::new("unshare");
-                unshare.args(["--user", "--map-user=1000", "--map-group=1000", "virsh"]);
-                unshare
-            }
-            _ => Command::new("virsh"),
-        };
+        let mut command = Command::new("virsh");
+        if self.is_root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
         command
             .arg(format!("--connect=qemu:///embed?root={}", root.display()))
             .arg(commands)
@@ -167,15 +181,15 @@ impl Libvirt {
         ensure!(domain.contains(PROGRAM), "the domain has no {PROGRAM}");
         Ok(domain
             .replace("type='kvm'", "type='qemu'")
-            .replace(PROGRAM, &self.emulator))
+            .replace(PROGRAM, &self.emulator()))
     }
 
     /// The document's own commands, with the emulated agent and a firmware.
-    fn starts(&self, lab: &Lab, page: &str, documented: &[Documented]) -> Result<()> {
+    fn starts(&self, page: &str, documented: &[Documented]) -> Result<()> {
         const ARGUMENTS: &str = "  </qemu:commandline>";
         let argument = |value: &str| format!("    <qemu:arg value='{value}'/>\n");
         let guest = argument("-object") + &argument("sw-protected-guest,id=cgs0");
-        let firmware = lab.firmware().display().to_string();
+        let firmware = self.dir.path().display().to_string();
         let firmware = ["-L", &firmware, "-bios", "qboot.rom"];
         let firmware: String = firmware.into_iter().map(argument).collect();
         let domain = self
@@ -185,16 +199,11 @@ impl Libvirt {
             .replace("size=256M", "size=256M,emulate=on")
             .replace(ARGUMENTS, &(firmware + ARGUMENTS));
         fs::write(self.path("private.xml"), domain)?;
-        let commands = documented.iter().filter_map(|one| {
-            let words = one.command.strip_prefix(VIRSH)?;
-            // The monitor's command is one word.
-            Some(match words.split_once("--hmp ") {
-                Some((words, said)) => format!("{words} --hmp '{said}'"),
-                None => words.to_owned(),
-            })
-        });
+        // In one virsh, where libvirt is.
+        let commands = documented.iter();
+        let commands = commands.filter_map(|one| one.command.strip_prefix(VIRSH));
         let said = self.virsh(&commands.collect::<Vec<_>>().join("; "))?;
-        for shown in ["ram0 (emulated, protects nothing)", "256 MiB"] {
+        for shown in ["ram0 (emulated, protects nothing)", CONVERTED] {
             ensure!(said.contains(shown), "'{shown}' is not in: {said}");
         }
         Ok(())
@@ -206,7 +215,7 @@ impl Libvirt {
         fs::write(self.path("native.xml"), self.domain(page)?)?;
         let line = self.virsh("domxml-to-native qemu-argv --xml native.xml")?;
         let (_, arguments) = line
-            .split_once(&format!(" {} ", self.emulator))
+            .split_once(&format!(" {} ", self.emulator()))
             .with_context(|| format!("the emulator is not in: {line}"))?;
         let words: Vec<_> = arguments
             .split_whitespace()
@@ -227,10 +236,16 @@ impl Libvirt {
         Ok(Documented {
             at: "the domain of libvirt".to_owned(),
             command: format!("{PROGRAM} {command}"),
-            monitor: vec![Typed {
-                text: "info private-memory".to_owned(),
-                printed: vec!["ram0 (sw-protected)".to_owned()],
-            }],
+            monitor: vec![
+                Typed {
+                    text: "x_private_memory_convert 0x1000000 8M on".to_owned(),
+                    printed: Vec::new(),
+                },
+                Typed {
+                    text: "info private-memory".to_owned(),
+                    printed: ["ram0 (sw-protected)", CONVERTED].map(str::to_owned).into(),
+                },
+            ],
             ..Documented::default()
         })
     }
