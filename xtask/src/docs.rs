@@ -3,8 +3,9 @@
 //!
 //! Commands of QEMU, and what a block does around them, run in the lab, those
 //! that need no KVM here as well; virsh and systemd where the machine has them
-//! or gets them; all others here. A command that nothing here knows how to run is an error, and so is a message
-//! under "Troubleshooting" that no test looks for.
+//! or gets them; all others here. A command that nothing here knows how to run
+//! is an error, and so is a message under "Troubleshooting" that no test looks
+//! for.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -109,10 +110,8 @@ pub fn suite(cx: &Context) -> Result<Tally> {
     let (virsh, here): (Vec<_>, Vec<_>) = others.into_iter().partition(Documented::is_of_virsh);
     for (real, documented) in once_each(&here, &own_tree, &patched_tree, &mut tally) {
         let name = format!("{}: {}", documented.at, documented.command);
-        tally.check(
-            &name,
-            run_here(cx, &documented.at, &real, &documented.printed),
-        );
+        let ran = run_here(cx, &documented.at, &real, &documented.printed);
+        tally.check(&name, ran);
     }
     let system = {
         let _guard = cx.cache.lock()?;

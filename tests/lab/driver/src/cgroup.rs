@@ -16,6 +16,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("cgroup-limit-shared", limit_shared),
         Scenario::new("cgroup-limit-private", limit_private),
         Scenario::new("cgroup-limit-prealloc", limit_prealloc),
+        Scenario::new("cgroup-limit-conversion", limit_conversion),
     ]
 }
 
@@ -118,9 +119,30 @@ fn limit(lab: &Lab, prepare: impl Fn(&mut Machine) -> Result<()>) -> Result<()> 
 fn limit_prealloc(lab: &Lab) -> Result<()> {
     let group = ControlGroup::new("guest")?;
     group.set("memory.max", 128 << 20)?;
-    let object = PRIVATE.replace("size=256M", "size=256M,prealloc=on");
-    let launch = Launch::kvm(lab).with(&object).with(OUR_GUEST);
-    let started = launch.before(&group.join()).start();
+    let started = preallocated(lab, &group).start();
     ensure!(started.is_err(), "QEMU started");
     same("killed", group.figure("memory.events", "oom_kill")?, 1)
+}
+
+/// And when there is room for what the guest has, but not for a conversion's step beside it.
+fn limit_conversion(lab: &Lab) -> Result<()> {
+    let group = ControlGroup::new("guest")?;
+    let mut machine = preallocated(lab, &group).start_guest()?;
+    group.set(
+        "memory.max",
+        group.number("memory.current")? + SIZE + SIZE / 2,
+    )?;
+    machine.convert(BASE, PAGES, Private)?;
+    machine.killed_by(&format!(
+        "convert {:#x} {:#x} private",
+        BASE + SIZE,
+        2 * PAGES
+    ))?;
+    same("killed", group.figure("memory.events", "oom_kill")?, 1)
+}
+
+fn preallocated(lab: &Lab, group: &ControlGroup) -> Launch {
+    let object = PRIVATE.replace("size=256M", "size=256M,prealloc=on");
+    let launch = Launch::kvm(lab).with(&object).with(OUR_GUEST);
+    launch.before(&group.join())
 }
