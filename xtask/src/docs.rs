@@ -1,43 +1,85 @@
-//! The documents' own commands and messages: what stands there is what runs.
+//! The documents' own commands and messages: what stands there is what runs,
+//! and what is shown is what is printed.
 //!
-//! Commands of QEMU run in the lab, all others here. A command that nothing
-//! here knows how to run is an error, and so is a message under
-//! "Troubleshooting" that no test looks for.
+//! Commands of QEMU, and what a block does around them, run in the lab, those
+//! that need no KVM here as well; virsh and systemd where the machine has them
+//! or gets them; all others here. A command that nothing here knows how to run
+//! is an error, and so is a message under "Troubleshooting" that no test looks
+//! for.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use walkdir::WalkDir;
 
 use crate::Context;
 use crate::qemu;
+use crate::recipes;
 use crate::run;
 use crate::setup;
 use crate::suites::Tally;
 
 const README: &str = "README.md";
 const PAGE: &str = "qemu-patches/files/docs/system/private-memory.rst";
-const DOCUMENTS: &[&str] = &[README, "qemu-patches/README.md", PAGE];
+const DOCUMENTS: &[&str] = &[
+    README,
+    "qemu-patches/README.md",
+    "tests/lab/README.md",
+    PAGE,
+];
+
+/// With what it prints, cargo finds all crates where it put them.
+const VENDOR: &str = "mkdir -p target/documented/.cargo; cd target/documented; \
+    cargo vendor --locked vendor > .cargo/config.toml; \
+    cargo metadata --offline --locked --format-version=1 > vendor.json";
 
 /// Tests that look for messages.
 const TESTS: &[&str] = &["qemu-patches/files/tests", "tests"];
 
 /// A command as a document has it.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, Default, PartialEq, Serialize)]
 pub struct Documented {
     /// File and line.
     pub at: String,
+    /// What the block has a shell do before it starts QEMU.
+    pub before: Vec<String>,
     pub command: String,
+    pub printed: Vec<String>,
     /// What is typed at the monitor of the machine that it starts.
-    pub monitor: Vec<String>,
+    pub monitor: Vec<Typed>,
+    /// What the block has a shell do while QEMU runs.
+    pub after: Vec<String>,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize)]
+pub struct Typed {
+    pub text: String,
+    pub printed: Vec<String>,
 }
 
 impl Documented {
     fn is_of_qemu(&self) -> bool {
         self.command.starts_with(qemu::SYSTEM)
+    }
+
+    /// Whether a host needs no KVM to see what it shows.
+    fn runs_anywhere(&self) -> bool {
+        self.command.contains("-accel tcg") && !self.monitor.is_empty()
+    }
+
+    fn is_of_virsh(&self) -> bool {
+        self.command.starts_with(recipes::VIRSH)
+    }
+
+    fn output(&mut self) -> &mut Vec<String> {
+        match self.monitor.last_mut() {
+            Some(typed) => &mut typed.printed,
+            None => &mut self.printed,
+        }
     }
 }
 
@@ -45,7 +87,12 @@ impl Documented {
 pub fn for_the_lab(root: &Path) -> Result<String> {
     let mut commands = documented(root)?;
     commands.retain(Documented::is_of_qemu);
+    commands.push(recipes::service(&page(root)?)?);
     Ok(serde_json::to_string(&commands)?)
+}
+
+fn page(root: &Path) -> Result<String> {
+    fs::read_to_string(root.join(PAGE)).context(PAGE)
 }
 
 /// Runs all other commands, and looks for the test of each message.
@@ -57,18 +104,26 @@ pub fn suite(cx: &Context) -> Result<Tally> {
     let mut copying = Command::new("cp");
     copying.arg("-r").arg(&own_tree).arg(&patched_tree);
     run::step(&cx.cache, "copy QEMU's source", copying)?;
-    for documented in documented(&cx.root)? {
-        if !documented.is_of_qemu() {
-            let name = format!("{}: {}", documented.at, documented.command);
-            let tree = match documented.command.starts_with("QEMU_SRC=") {
-                true => &own_tree,
-                false => &patched_tree,
-            };
-            tally.check(&name, run_here(cx, &documented.command, tree));
-        }
+    let commands = documented(&cx.root)?.into_iter();
+    let (of_qemu, others): (Vec<_>, Vec<_>) = commands.partition(Documented::is_of_qemu);
+    let transcripts = of_qemu.into_iter().filter(Documented::runs_anywhere);
+    let (virsh, here): (Vec<_>, Vec<_>) = others.into_iter().partition(Documented::is_of_virsh);
+    for (real, documented) in once_each(&here, &own_tree, &patched_tree, &mut tally) {
+        let name = format!("{}: {}", documented.at, documented.command);
+        let ran = run_here(cx, &documented.at, &real, &documented.printed);
+        tally.check(&name, ran);
     }
+    let system = {
+        let _guard = cx.cache.lock()?;
+        qemu::build_any(cx, None, &[qemu::SYSTEM], &[])?.system()
+    };
+    for documented in transcripts {
+        let name = format!("{}: {}", documented.at, documented.command);
+        tally.check(&name, run_monitor(cx, &system, &documented));
+    }
+    let page = page(&cx.root)?;
+    recipes::check(cx, PAGE, &page, &virsh, &mut tally)?;
     let tests = test_sources(&cx.root)?;
-    let page = fs::read_to_string(cx.root.join(PAGE))?;
     for message in messages(&page) {
         let result = match tests.contains(message) {
             true => Ok(()),
@@ -79,114 +134,172 @@ pub fn suite(cx: &Context) -> Result<Tally> {
     Ok(tally.ended("the documents", true))
 }
 
+/// What is really run, with the first place where it stands; the one that shows
+/// what is printed, if there is one.
+fn once_each<'a>(
+    all: &'a [Documented],
+    own_tree: &Path,
+    patched_tree: &Path,
+    tally: &mut Tally,
+) -> Vec<(String, &'a Documented)> {
+    let mut chosen: Vec<(String, &Documented)> = Vec::new();
+    let mut places = BTreeMap::new();
+    for documented in all {
+        let tree = match documented.command.starts_with("QEMU_SRC=") {
+            true => own_tree,
+            false => patched_tree,
+        };
+        match real(&documented.command, tree) {
+            Err(error) => {
+                let name = format!("{}: {}", documented.at, documented.command);
+                tally.check(&name, Err(error));
+            }
+            Ok(real) => match places.get(&real) {
+                None => {
+                    places.insert(real.clone(), chosen.len());
+                    chosen.push((real, documented));
+                }
+                Some(&place) if !documented.printed.is_empty() => chosen[place].1 = documented,
+                Some(_) => {}
+            },
+        }
+    }
+    chosen
+}
+
 fn documented(root: &Path) -> Result<Vec<Documented>> {
     let mut all = Vec::new();
     for name in DOCUMENTS {
         let text = fs::read_to_string(root.join(name)).with_context(|| (*name).to_owned())?;
-        let found = match name.ends_with(".rst") {
-            true => commands(name, rst_blocks(&text)),
-            false => {
-                let blocks = commands(name, fences(&text)).into_iter();
-                blocks.chain(table(name, &text)).collect()
-            }
+        let (blocks, spans) = match name.ends_with(".rst") {
+            true => (rst_blocks(&text), Vec::new()),
+            false => (fences(&text), spans(name, &text)),
         };
+        let blocks = blocks.iter().flat_map(|block| commands(name, block));
+        let found: Vec<_> = blocks.chain(spans).collect();
         ensure!(!found.is_empty(), "{name} has no commands");
         all.extend(found);
     }
     Ok(all)
 }
 
-/// A line of a block of commands. Lines of a transcript begin with a prompt
-/// where something is typed.
-struct Typed<'a> {
-    number: usize,
-    text: &'a str,
-    transcript: bool,
+/// A block of a document in another language.
+pub struct Block<'a> {
+    pub language: &'a str,
+    /// With their numbers in the document.
+    pub lines: Vec<(usize, &'a str)>,
 }
 
-/// The lines of Markdown's blocks for a shell.
-fn fences(text: &str) -> Vec<Typed<'_>> {
-    let mut kind = None;
-    let mut lines = Vec::new();
+/// Markdown's blocks.
+fn fences(text: &str) -> Vec<Block<'_>> {
+    let mut blocks = Vec::new();
+    let mut inside = false;
     for (index, line) in text.lines().enumerate() {
-        match (line.trim().strip_prefix("```"), kind) {
-            (Some(_), Some(_)) => kind = None,
-            (Some(opened), None) => kind = Some(opened),
-            (None, Some("sh" | "console")) => lines.push(Typed {
-                number: index + 1,
-                text: line,
-                transcript: kind == Some("console"),
-            }),
-            _ => {}
+        match (line.trim().strip_prefix("```"), inside) {
+            (Some(language), false) => {
+                let lines = Vec::new();
+                blocks.push(Block { language, lines });
+                inside = true;
+            }
+            (Some(_), true) => inside = false,
+            (None, true) => add_line(&mut blocks, index, line),
+            (None, false) => {}
         }
     }
-    lines
+    blocks
 }
 
-/// The lines of reStructuredText's transcripts.
-fn rst_blocks(text: &str) -> Vec<Typed<'_>> {
+/// reStructuredText's blocks.
+pub fn rst_blocks(text: &str) -> Vec<Block<'_>> {
+    let mut blocks = Vec::new();
     let mut inside = false;
-    let mut lines = Vec::new();
     for (index, line) in text.lines().enumerate() {
-        if line == ".. code-block:: console" {
+        if let Some(language) = line.strip_prefix(".. code-block:: ") {
+            let lines = Vec::new();
+            blocks.push(Block { language, lines });
             inside = true;
         } else if !line.is_empty() && !line.starts_with(' ') {
             inside = false;
         } else if inside {
-            lines.push(Typed {
-                number: index + 1,
-                text: line.trim_start(),
-                transcript: true,
-            });
+            add_line(&mut blocks, index, line);
         }
     }
-    lines
+    blocks
 }
 
-/// Puts lines that go on together, and leaves out what is printed.
-fn commands(name: &str, lines: Vec<Typed<'_>>) -> Vec<Documented> {
+fn add_line<'a>(blocks: &mut [Block<'a>], index: usize, line: &'a str) {
+    if let Some(block) = blocks.last_mut() {
+        block.lines.push((index + 1, line));
+    }
+}
+
+/// The commands of a block for a shell. Lines of a transcript begin with a
+/// prompt where something is typed; the others are what is printed.
+fn commands(name: &str, block: &Block<'_>) -> Vec<Documented> {
+    let transcript = match block.language {
+        "console" => true,
+        "sh" => false,
+        _ => return Vec::new(),
+    };
     let mut found: Vec<Documented> = Vec::new();
     let mut goes_on = false;
-    for line in lines {
-        let (text, more) = match line.text.trim_end().strip_suffix('\\') {
+    for (number, line) in &block.lines {
+        let (text, more) = match line.trim_end().strip_suffix('\\') {
             Some(text) => (text.trim(), true),
-            None => (line.text.trim(), false),
+            None => (line.trim(), false),
         };
-        let typed = match line.transcript {
+        let typed = match transcript {
             true => text.strip_prefix("$ "),
             false => text.split("  #").next().filter(|text| !text.is_empty()),
         };
-        if goes_on {
-            if let Some(last) = found.last_mut() {
-                last.command = format!("{} {text}", last.command);
-            }
-        } else if let Some(said) = text.strip_prefix("(qemu) ") {
-            if let Some(last) = found.last_mut() {
-                last.monitor.push(said.to_owned());
-            }
-        } else if let Some(typed) = typed {
-            found.push(Documented {
-                at: format!("{name}:{}", line.number),
+        match (found.last_mut(), text.strip_prefix("(qemu) "), typed) {
+            (Some(last), _, _) if goes_on => last.command = format!("{} {text}", last.command),
+            (Some(last), Some(said), _) => last.monitor.push(Typed {
+                text: said.to_owned(),
+                ..Typed::default()
+            }),
+            (_, _, Some(typed)) => found.push(Documented {
+                at: format!("{name}:{number}"),
                 command: typed.trim().to_owned(),
-                monitor: Vec::new(),
-            });
+                ..Documented::default()
+            }),
+            (Some(last), _, None) if !text.is_empty() => last.output().push(text.to_owned()),
+            _ => {}
         }
         goes_on = more && (goes_on || typed.is_some());
     }
-    found
+    around_qemu(found)
 }
 
-/// The commands that a table describes, one a row.
-fn table(name: &str, text: &str) -> Vec<Documented> {
-    let rows = text.lines().enumerate().filter_map(|(index, line)| {
-        let cell = line.strip_prefix("| `cargo ")?.split('`').next()?;
-        Some(Documented {
-            at: format!("{name}:{}", index + 1),
-            command: format!("cargo {cell}"),
-            monitor: Vec::new(),
-        })
-    });
-    rows.collect()
+/// What stands in a block before and after QEMU's command belongs to it.
+fn around_qemu(mut found: Vec<Documented>) -> Vec<Documented> {
+    let Some(at) = found.iter().position(Documented::is_of_qemu) else {
+        return found;
+    };
+    let texts = |all: Vec<Documented>| all.into_iter().map(|one| one.command).collect();
+    let after = found.split_off(at + 1);
+    let mut qemu = found.split_off(at);
+    if let [qemu] = qemu.as_mut_slice() {
+        qemu.before = texts(found);
+        qemu.after = texts(after);
+    }
+    qemu
+}
+
+/// Commands of cargo within Markdown's text and tables.
+fn spans(name: &str, text: &str) -> Vec<Documented> {
+    let mut found = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let spans = line.split('`').skip(1).step_by(2);
+        for span in spans.filter(|span| span.starts_with("cargo ") || span.contains(" cargo ")) {
+            found.push(Documented {
+                at: format!("{name}:{}", index + 1),
+                command: span.to_owned(),
+                ..Documented::default()
+            });
+        }
+    }
+    found
 }
 
 /// What is run for a command: itself, with something real in the place of what
@@ -194,33 +307,85 @@ fn table(name: &str, text: &str) -> Vec<Documented> {
 fn real(command: &str, qemu_source: &Path) -> Result<String> {
     let options = command.split(" [").next().unwrap_or(command);
     let real = match options {
-        // The whole of it is what runs all this.
-        "cargo xtask test" | "cargo xtask test --suite NAME" => "cargo xtask test --suite symbols",
-        "cargo xtask test --full" => "cargo xtask test --suite checkpatch-10.2",
+        // The whole of it, and this suite, is what runs all this.
+        "cargo xtask test" | "cargo xtask test --suite NAME" | "cargo xtask test --suite docs" => {
+            "cargo xtask test --suite symbols".to_owned()
+        }
+        full if full.starts_with("cargo xtask test --full") => {
+            full.replace("--full", "--suite checkpatch-10.2 --suite checkpatch-10.0")
+        }
+        lab if lab.starts_with("cargo xtask test --suite lab-") => {
+            format!("{lab} --lab-test capabilities")
+        }
         // Without a command it waits for somebody at the terminal.
-        "cargo xtask lab" => "cargo xtask lab -- true",
-        other => other,
+        "cargo xtask lab" | "cargo xtask lab -- COMMAND" => "cargo xtask lab -- true".to_owned(),
+        "cargo vendor" => VENDOR.to_owned(),
+        other => other.to_owned(),
     };
     if let Some(words) = real.strip_prefix("meson ") {
         // Not into this machine's own folders.
         let words = words.replace(" build", " target/documented/build");
         return Ok(format!("DESTDIR=$PWD/target/documented meson {words}"));
     }
-    let known = real.starts_with("cargo xtask") || real.contains("/path/to/qemu");
+    let known = real.contains("cargo ") || real.contains("/path/to/qemu");
     ensure!(known, "there is no way yet to run it from the document");
     Ok(real.replace("/path/to/qemu", &qemu_source.display().to_string()))
 }
 
-fn run_here(cx: &Context, command: &str, qemu_source: &Path) -> Result<()> {
-    let real = real(command, qemu_source)?;
+fn run_here(cx: &Context, at: &str, real: &str, printed: &[String]) -> Result<()> {
     let mut shell = Command::new("sh");
-    shell.args(["-euc", &real]).current_dir(&cx.root);
+    shell.args(["-euc", real]).current_dir(&cx.root);
     shell.env("PATH", qemu::in_front(&setup::meson(cx)?, "PATH")?);
-    let ended = run::attempt(&cx.cache, &format!("document: {real}"), shell)?;
-    match ended.success {
-        true => Ok(()),
-        false => bail!("it failed; the full log is {}", ended.log.display()),
+    // It becomes the log's name, too.
+    let label: String = format!("{at}: {real}").chars().take(120).collect();
+    let ended = run::attempt(&cx.cache, &label, shell)?;
+    ensure!(
+        ended.success,
+        "it failed; the full log is {}",
+        ended.log.display()
+    );
+    same_transcript(printed, &fs::read_to_string(&ended.log)?)
+        .with_context(|| format!("the full log is {}", ended.log.display()))
+}
+
+/// Types what a document has typed at the monitor of the QEMU that `cargo xtask
+/// qemu` makes, without the lab's firmware and devices.
+fn run_monitor(cx: &Context, system: &Path, documented: &Documented) -> Result<()> {
+    let typed = documented.monitor.iter().map(|typed| typed.text.as_str());
+    let typed: Vec<_> = typed.chain(["quit"]).collect();
+    let command = documented.command.replace(" ...", "");
+    let command = command.replacen(qemu::SYSTEM, &system.display().to_string(), 1);
+    let printed = documented.monitor.iter().flat_map(|typed| &typed.printed);
+    let printed: Vec<_> = printed.cloned().collect();
+    run_here(
+        cx,
+        &documented.at,
+        &format!("printf '{}\\n' | {command}", typed.join("\\n")),
+        &printed,
+    )
+}
+
+/// All that a document shows is printed, in its order, but for figures.
+fn same_transcript(documented: &[String], said: &str) -> Result<()> {
+    let mut found = said.lines().map(without_figures);
+    for line in documented {
+        let expected = without_figures(line);
+        ensure!(
+            found.any(|found| found == expected),
+            "it does not print, or not in this order: {line}"
+        );
     }
+    Ok(())
+}
+
+/// Words with digits in them, and the units after them, are no part of what
+/// must be the same.
+fn without_figures(line: &str) -> String {
+    const UNITS: &[&str] = &["B", "KiB", "MiB", "GiB"];
+    let figure = |word: &str| word.contains(|c: char| c.is_ascii_digit());
+    let words = line.split_whitespace().filter(|word| !UNITS.contains(word));
+    let words = words.map(|word| if figure(word) { "N" } else { word });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 /// What a page says that QEMU may say, under its last heading.
@@ -266,36 +431,59 @@ fn joined(source: &str) -> String {
 mod tests {
     use super::*;
 
-    fn told(found: &[Documented]) -> Vec<(&str, &[String])> {
-        let pairs = found.iter();
-        pairs
-            .map(|one| (one.command.as_str(), one.monitor.as_slice()))
-            .collect()
+    fn found(blocks: &[Block]) -> Vec<Documented> {
+        let found = blocks.iter().flat_map(|block| commands("d", block));
+        found.collect()
+    }
+
+    fn texts(found: &[Documented]) -> Vec<&str> {
+        found.iter().map(|one| one.command.as_str()).collect()
     }
 
     #[test]
-    fn blocks_hold_commands_and_what_is_typed_at_the_monitor() {
+    fn blocks_hold_commands_and_what_is_typed_and_printed() {
         let text = "```sh\na b  # why\nc \\\n    d\n```\ntext\n```c\nint x;\n```\n\
-                    ```console\n$ e\nprinted\n(qemu) info f\n  printed\n```\n";
-        let found = commands("d", fences(text));
-        assert_eq!(
-            told(&found),
-            [
-                ("a b", &[][..]),
-                ("c d", &[]),
-                ("e", &["info f".to_owned()])
-            ]
-        );
+                    ```console\n$ e\none\n(qemu) info f\n  two\n```\n";
+        let found = found(&fences(text));
+        assert_eq!(texts(&found), ["a b", "c d", "e"]);
         assert_eq!(found[2].at, "d:11");
+        assert_eq!(found[2].printed, ["one"]);
+        assert_eq!(found[2].monitor[0].text, "info f");
+        assert_eq!(found[2].monitor[0].printed, ["two"]);
     }
 
     #[test]
     fn rst_has_transcripts_and_messages() {
         let text = "Title\n=====\n\n.. code-block:: console\n\n   $ a \\\n         b\n   (qemu) c\n\n\
                     text\n\nTroubleshooting\n---------------\n\n``m n``\n    why\n";
-        let found = commands("d", rst_blocks(text));
-        assert_eq!(told(&found), [("a b", &["c".to_owned()][..])]);
+        let found = found(&rst_blocks(text));
+        assert_eq!(texts(&found), ["a b"]);
+        assert_eq!(found[0].monitor[0].text, "c");
         assert_eq!(messages(text).collect::<Vec<_>>(), ["m n"]);
+    }
+
+    #[test]
+    fn a_block_is_one_command_of_qemu_with_what_is_around_it() {
+        let text = "```console\n$ mkdir a\n$ qemu-system-x86_64 ... &\n$ cat a\n```\n";
+        let found = found(&fences(text));
+        assert_eq!(texts(&found), ["qemu-system-x86_64 ... &"]);
+        assert_eq!(found[0].before, ["mkdir a"]);
+        assert_eq!(found[0].after, ["cat a"]);
+    }
+
+    #[test]
+    fn text_and_tables_name_commands_of_cargo() {
+        let found = spans("d", "a `x` and `cargo b`,\n| `A=c cargo d [e\\|f]` | g |\n");
+        assert_eq!(texts(&found), ["cargo b", "A=c cargo d [e\\|f]"]);
+        assert_eq!(found[1].at, "d:2");
+    }
+
+    #[test]
+    fn transcripts_are_the_same_but_for_figures() {
+        let shown = ["a 1.5 MiB b", "[..#]"].map(str::to_owned);
+        assert!(same_transcript(&shown, "z\na 16 KiB b\n\n [..#]\n").is_ok());
+        assert!(same_transcript(&shown, "[..#]\na 16 KiB b\n").is_err());
+        assert!(same_transcript(&shown, "a 16 KiB c\n[..#]\n").is_err());
     }
 
     #[test]
@@ -319,6 +507,10 @@ mod tests {
         assert_eq!(
             run("meson test -C build")?,
             "DESTDIR=$PWD/target/documented meson test -C target/documented/build"
+        );
+        assert_eq!(
+            run("cargo xtask test --suite lab-10.2")?,
+            "cargo xtask test --suite lab-10.2 --lab-test capabilities"
         );
         assert!(run("make coffee").is_err());
         Ok(())

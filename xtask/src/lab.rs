@@ -18,6 +18,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use cpio::newc::{Builder, ModeFileType, trailer};
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use tempfile::NamedTempFile;
 
 use crate::Context;
 use crate::apt;
@@ -65,6 +66,8 @@ pub struct Lab {
     vmlinux: PathBuf,
     firmware: PathBuf,
     accelerator: &'static [&'static str],
+    /// The initramfs, if it is not the cache's.
+    _changed: Option<NamedTempFile>,
 }
 
 /// An interactive shell in the lab, on this terminal.
@@ -137,7 +140,32 @@ impl Lab {
             vmlinux: image.join("vmlinux"),
             firmware,
             accelerator: accelerator(&kernel)?,
+            _changed: None,
         })
+    }
+
+    /// The patched QEMU, and the firmware for it.
+    pub fn system(&self) -> &Path {
+        &self.qemu
+    }
+
+    pub fn firmware(&self) -> &Path {
+        &self.firmware
+    }
+
+    /// Puts another content in a file's place: of two archives in an initramfs
+    /// the later one wins.
+    pub fn with_file(mut self, place: &str, content: &[u8]) -> Result<Self> {
+        let file = NamedTempFile::new()?;
+        fs::write(&file, content)?;
+        let mut files = Files::new();
+        add(&mut files, place, file.path());
+        let mut initramfs = NamedTempFile::new()?;
+        io::copy(&mut File::open(&self.initramfs)?, &mut initramfs)?;
+        initramfs.write_all(&archive(&files)?)?;
+        self.initramfs = initramfs.path().to_owned();
+        self._changed = Some(initramfs);
+        Ok(self)
     }
 
     /// Boots, hands on every event, and returns when the machine has ended. It

@@ -21,6 +21,7 @@ mod miri;
 mod packaging;
 mod protocol;
 mod qemu;
+mod recipes;
 mod run;
 mod setup;
 mod suites;

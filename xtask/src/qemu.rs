@@ -18,6 +18,7 @@ use clap::ValueEnum;
 use crate::Context;
 use crate::apt::without_epoch;
 use crate::cache::{self, Stamp};
+use crate::lab;
 use crate::library::{self, Installed};
 use crate::run;
 use crate::setup;
@@ -43,6 +44,19 @@ const CONFIGURE: &[&str] = &[
     "--disable-install-blobs",
     "--disable-debug-info",
 ];
+
+/// What a PC starts with, by Debian's packages: its QEMU sources hold none.
+const FIRMWARE: &[(&str, &[&str])] = &[
+    ("seabios", &["bios-256k.bin", "vgabios-stdvga.bin"]),
+    ("ipxe-qemu", &["efi-e1000e.rom"]),
+    (
+        "qemu-system-data",
+        &["kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin"],
+    ),
+];
+
+/// Where a build looks for it.
+const DATA: &str = "qemu-bundle/usr/local/share/qemu";
 
 /// A QEMU line that there are patches for, newest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -196,17 +210,41 @@ pub fn command(cx: &Context, lines: Option<Lines>, extra: &[String]) -> Result<E
         Some(Lines(lines)) => lines.into_iter().map(Some).collect(),
         None => {
             if let Some(build) = newer(cx, extra) {
-                println!("{}", build.system().display());
+                show(cx, &build);
                 return Ok(ExitCode::SUCCESS);
             }
             vec![None]
         }
     };
     for line in lines {
-        let build = build_any(cx, line, &[SYSTEM], extra)?;
-        println!("{}", build.system().display());
+        show(cx, &build_any(cx, line, &[SYSTEM], extra)?);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says where a build is that users start by themselves.
+fn show(cx: &Context, build: &Build) {
+    if let Err(error) = add_firmware(cx, build) {
+        eprintln!("  it has no firmware of its own, and needs -L or -bios: {error:#}");
+    }
+    println!("{}", build.system().display());
+}
+
+/// Puts firmware where the build looks for it, so that a PC starts as it is.
+fn add_firmware(cx: &Context, build: &Build) -> Result<()> {
+    let place = build.dir.join(DATA);
+    fs::create_dir_all(&place)?;
+    for (package, names) in FIRMWARE {
+        let own = build.source.join("pc-bios");
+        let from = match names.iter().all(|name| own.join(name).exists()) {
+            true => own,
+            false => lab::from_package(cx, "firmware", package, names)?,
+        };
+        for name in *names {
+            cache::write_if_changed(&place.join(name), fs::read(from.join(name))?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Builds the given line, or the newest of which there is a source.

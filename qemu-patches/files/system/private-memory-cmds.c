@@ -130,9 +130,59 @@ static PrivateMemoryFailureList *query_failures(struct privmem_region *region)
     return list;
 }
 
-static PrivateMemoryInfo *query_region(Object *obj,
-                                       struct privmem_region *region)
+/* One region: a backend's, or one of RAM that the board made by itself. */
+typedef struct Region {
+    const char *id;
+    bool is_backend;
+    struct privmem_region *region;
+} Region;
+
+/* What is done with each; another value than 0 ends the walk. */
+typedef struct Walk {
+    int (*visit)(const Region *region, void *opaque);
+    void *opaque;
+} Walk;
+
+static int walk_object(Object *obj, void *opaque)
 {
+    Walk *walk = opaque;
+    Region region = { .is_backend = true };
+
+    if (!object_dynamic_cast(obj, TYPE_MEMORY_BACKEND_PRIVATE)) {
+        return 0;
+    }
+    region.id = object_get_canonical_path_component(obj);
+    region.region = host_memory_backend_get_memory(MEMORY_BACKEND(obj))
+        ->ram_block->privmem;
+    return region.region ? walk->visit(&region, walk->opaque) : 0;
+}
+
+static int walk_block(RAMBlock *block, void *opaque)
+{
+    Walk *walk = opaque;
+    Region region = { .id = block->idstr, .region = block->privmem };
+    Object *owner = memory_region_owner(block->mr);
+
+    if (!region.region ||
+        object_dynamic_cast(owner, TYPE_MEMORY_BACKEND_PRIVATE)) {
+        return 0;
+    }
+    return walk->visit(&region, walk->opaque);
+}
+
+/* Backends first. With the BQL. */
+static void foreach_region(int (*visit)(const Region *, void *), void *opaque)
+{
+    Walk walk = { .visit = visit, .opaque = opaque };
+
+    if (!object_child_foreach(object_get_objects_root(), walk_object, &walk)) {
+        qemu_ram_foreach_block(walk_block, &walk);
+    }
+}
+
+static PrivateMemoryInfo *query_region(const Region *of)
+{
+    struct privmem_region *region = of->region;
     PrivateMemoryInfo *info = g_new0(PrivateMemoryInfo, 1);
     char picture[PICTURE_WIDTH + 1] = "";
     struct privmem_info now;
@@ -141,7 +191,8 @@ static PrivateMemoryInfo *query_region(Object *obj,
     privmem_region_info(region, &now, sizeof(now));
     privmem_region_picture(region, picture, sizeof(picture));
 
-    info->id = g_strdup(object_get_canonical_path_component(obj));
+    info->id = g_strdup(of->id);
+    info->backend = of->is_backend;
     info->agent = private_memory_agent();
     info->size = now.size;
     info->granule = now.granule;
@@ -191,68 +242,56 @@ static void query_extents(PrivateMemoryInfo *info,
     info->has_next = info->next < info->size;
 }
 
-static struct privmem_region *object_region(Object *obj)
-{
-    if (!object_dynamic_cast(obj, TYPE_MEMORY_BACKEND_PRIVATE)) {
-        return NULL;
-    }
-    return host_memory_backend_get_memory(MEMORY_BACKEND(obj))
-        ->ram_block->privmem;
-}
-
 struct Query {
+    /* The only one that is asked for, or NULL. */
+    const char *id;
     uint64_t start;
     /* 0: no extents are asked for. */
     uint32_t limit;
     PrivateMemoryInfoList **tail;
+    Error **errp;
 };
 
-static int query_object(Object *obj, void *opaque)
+static bool check_start(const PrivateMemoryInfo *info, uint64_t start,
+                        Error **errp)
 {
-    struct privmem_region *region = object_region(obj);
-    struct Query *query = opaque;
-    PrivateMemoryInfo *info;
-
-    if (region) {
-        info = query_region(obj, region);
-        if (query->limit) {
-            query_extents(info, region, query->start, query->limit);
-        }
-        QAPI_LIST_APPEND(query->tail, info);
-    }
-    return 0;
-}
-
-/* The only object that is asked for; NULL where it cannot be listed so. */
-static Object *query_find(const char *id, uint64_t start, Error **errp)
-{
-    Object *obj = object_resolve_path_component(object_get_objects_root(), id);
-    struct privmem_region *region = obj ? object_region(obj) : NULL;
-    struct privmem_info now;
-
-    if (!region) {
-        error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE " '%s'; "
-                   "leave out 'id' to see all there are", id);
-        return NULL;
-    }
-    /* Fails only for NULL. */
-    privmem_region_info(region, &now, sizeof(now));
-    if (!QEMU_IS_ALIGNED(start, now.granule) || start >= now.size) {
+    if (!QEMU_IS_ALIGNED(start, info->granule) || start >= info->size) {
         error_setg(errp, "'start' is 0x%" PRIx64 ": it must be a multiple of "
                    "the granule (0x%" PRIx64 ") and less than the size of '%s' "
-                   "(0x%" PRIx64 ")", start, now.granule, id, now.size);
-        return NULL;
+                   "(0x%" PRIx64 ")", start, info->granule, info->id,
+                   info->size);
+        return false;
     }
-    return obj;
+    return true;
+}
+
+static int query_one(const Region *region, void *opaque)
+{
+    struct Query *query = opaque;
+    g_autoptr(PrivateMemoryInfo) info = NULL;
+
+    if (query->id && strcmp(query->id, region->id)) {
+        return 0;
+    }
+    info = query_region(region);
+    if (!check_start(info, query->start, query->errp)) {
+        return -EINVAL;
+    }
+    if (query->limit) {
+        query_extents(info, region->region, query->start, query->limit);
+    }
+    QAPI_LIST_APPEND(query->tail, g_steal_pointer(&info));
+    return query->id != NULL;
 }
 
 PrivateMemoryInfoList *qmp_query_private_memory(const char *id, bool has_start,
                                                 uint64_t start, bool has_limit,
                                                 uint32_t limit, Error **errp)
 {
+    ERRP_GUARD();
     PrivateMemoryInfoList *list = NULL;
-    struct Query query = { .start = start, .limit = limit, .tail = &list };
-    Object *obj;
+    struct Query query = { .id = id, .start = start, .limit = limit,
+                           .tail = &list, .errp = errp };
 
     if (has_limit && (limit < 1 || limit > EXTENTS_MAX)) {
         error_setg(errp, "'limit' is %" PRIu32 ": it must be from 1 to %d",
@@ -264,13 +303,10 @@ PrivateMemoryInfoList *qmp_query_private_memory(const char *id, bool has_start,
                    "them, or leave it out");
         return NULL;
     }
-    if (!id) {
-        object_child_foreach(object_get_objects_root(), query_object, &query);
-        return list;
-    }
-    obj = query_find(id, start, errp);
-    if (obj) {
-        query_object(obj, &query);
+    foreach_region(query_one, &query);
+    if (id && !list && !*errp) {
+        error_setg(errp, "there is no " TYPE_MEMORY_BACKEND_PRIVATE " '%s'; "
+                   "leave out 'id' to see all there are", id);
     }
     return list;
 }
@@ -307,26 +343,29 @@ static void print_bytes(Monitor *mon, const char *what, bool known,
     monitor_printf(mon, "  %-18s %s\n", what, text);
 }
 
-/* A bar of as many cells as are wanted; what fits a terminal is not known. */
-static void print_bar(Monitor *mon, const char *id, uint64_t cells)
-{
-    Object *obj = object_resolve_path_component(object_get_objects_root(), id);
-    struct privmem_region *region = obj ? object_region(obj) : NULL;
-    g_autofree char *bar = g_malloc0(cells + 1);
+struct Printer {
+    Monitor *mon;
+    /* Of the bar; what fits a terminal is not known. */
+    uint64_t cells;
+    bool printed;
+};
 
-    if (region && !privmem_region_picture(region, bar, cells + 1)) {
-        monitor_printf(mon, "  [%s]\n", bar);
-    }
-    monitor_printf(mon, "  # private  . shared  + both\n");
-}
-
-static void print_info(Monitor *mon, PrivateMemoryInfo *info, uint64_t cells)
+static int print_region(const Region *region, void *opaque)
 {
-    monitor_printf(mon, "%s (%s%s)\n", info->id,
+    struct Printer *printer = opaque;
+    Monitor *mon = printer->mon;
+    g_autoptr(PrivateMemoryInfo) info = query_region(region);
+    g_autofree char *bar = g_malloc0(printer->cells + 1);
+
+    monitor_printf(mon, "%s (%s%s%s)\n", info->id,
                    PrivateMemoryAgent_str(info->agent),
                    info->agent == PRIVATE_MEMORY_AGENT_EMULATED ?
-                   ", protects nothing" : "");
-    print_bar(mon, info->id, cells);
+                   ", protects nothing" : "",
+                   info->backend ? "" : ", the board's own");
+    /* Fails only for NULL, and for no cells. */
+    privmem_region_picture(region->region, bar, printer->cells + 1);
+    monitor_printf(mon, "  [%s]\n", bar);
+    monitor_printf(mon, "  # private  . shared  + both\n");
     print_bytes(mon, "size", true, info->size);
     print_bytes(mon, "private", true, info->q_private);
     print_bytes(mon, "shared", true, info->shared);
@@ -342,6 +381,8 @@ static void print_info(Monitor *mon, PrivateMemoryInfo *info, uint64_t cells)
                    "conversions", info->conversions, info->failed_conversions);
     monitor_printf(mon, "  %-18s %" PRIu64 "\n", "memory failures",
                    info->memory_failures);
+    printer->printed = true;
+    return 0;
 }
 
 static void print_failed_conversions(Monitor *mon)
@@ -370,18 +411,15 @@ static void print_failed_conversions(Monitor *mon)
 static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
 {
     int64_t cells = qdict_get_try_int(qdict, "cells", PICTURE_WIDTH);
-    g_autoptr(PrivateMemoryInfoList) list = NULL;
+    struct Printer printer = { .mon = mon, .cells = cells };
 
     if (cells < 1 || cells > CELLS_MAX) {
         monitor_printf(mon, "Error: there can be 1 to %d cells\n", CELLS_MAX);
         return;
     }
-    list = qmp_query_private_memory(NULL, false, 0, false, 0, NULL);
-    if (!list) {
+    foreach_region(print_region, &printer);
+    if (!printer.printed) {
         monitor_printf(mon, "No " TYPE_MEMORY_BACKEND_PRIVATE "\n");
-    }
-    for (PrivateMemoryInfoList *item = list; item; item = item->next) {
-        print_info(mon, item->value, cells);
     }
     print_failed_conversions(mon);
 }
@@ -415,26 +453,23 @@ static const struct {
 #define FAULTS "faults"
 #define LATENCY "conversion-latency"
 
-static int sum_object(Object *obj, void *opaque)
+static int sum_region(const Region *region, void *opaque)
 {
-    struct privmem_region *region = object_region(obj);
     uint64_t *sums = opaque;
     struct privmem_info now;
 
-    if (region) {
-        /* Fails only for NULL. */
-        privmem_region_info(region, &now, sizeof(now));
-        const uint64_t values[ARRAY_SIZE(figures)] = {
-            now.conversions, now.failed_conversions, now.memory_failures,
-            now.private_bytes, now.shared_bytes, now.private_held,
-            now.shared_held,
-        };
-        for (int i = 0; i < ARRAY_SIZE(figures); i++) {
-            bool known = values[i] != PRIVMEM_UNKNOWN &&
-                         sums[i] != PRIVMEM_UNKNOWN;
+    /* Fails only for NULL. */
+    privmem_region_info(region->region, &now, sizeof(now));
+    const uint64_t values[ARRAY_SIZE(figures)] = {
+        now.conversions, now.failed_conversions, now.memory_failures,
+        now.private_bytes, now.shared_bytes, now.private_held,
+        now.shared_held,
+    };
+    for (int i = 0; i < ARRAY_SIZE(figures); i++) {
+        bool known = values[i] != PRIVMEM_UNKNOWN &&
+                     sums[i] != PRIVMEM_UNKNOWN;
 
-            sums[i] = known ? sums[i] + values[i] : PRIVMEM_UNKNOWN;
-        }
+        sums[i] = known ? sums[i] + values[i] : PRIVMEM_UNKNOWN;
     }
     return 0;
 }
@@ -474,7 +509,7 @@ static void add_latency(StatsList **list, strList *names)
     add_value(list, names, LATENCY, value);
 }
 
-/* Of all backends together; query-private-memory tells of each. */
+/* Of all together; query-private-memory tells of each. */
 static void stats_cb(StatsResultList **result, StatsTarget target,
                      strList *names, strList *targets, Error **errp)
 {
@@ -484,7 +519,7 @@ static void stats_cb(StatsResultList **result, StatsTarget target,
     if (target != STATS_TARGET_VM || !private_memory_current_vm()) {
         return;
     }
-    object_child_foreach(object_get_objects_root(), sum_object, sums);
+    foreach_region(sum_region, sums);
     /* Each is put in front of the others. */
     add_latency(&list, names);
     add_scalar(&list, names, FAULTS, stat64_get(&private_memory_stats.faults));

@@ -131,7 +131,8 @@ static int check_block(RAMBlock *block, void *opaque)
         return 0;
     }
     error_setg(errp, "the RAM of '%s' is private by other means; make all RAM "
-               "of the machine " TYPE_MEMORY_BACKEND_PRIVATE, block->idstr);
+               "of the machine " TYPE_MEMORY_BACKEND_PRIVATE,
+               memory_region_name(block->mr));
     return -EEXIST;
 }
 

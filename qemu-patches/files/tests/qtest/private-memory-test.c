@@ -202,6 +202,7 @@ static void test_convert(void)
 
     info = query(qts, "ram0");
     g_assert_cmpstr(qdict_get_str(info, "agent"), ==, "emulated");
+    g_assert_true(qdict_get_bool(info, "backend"));
     g_assert_cmpint(qdict_get_int(info, "conversions"), ==, 3);
     g_assert_cmpint(qdict_get_int(info, "failed-conversions"), ==, 0);
     g_assert_cmpint(qdict_get_int(info, "memory-failures"), ==, 0);

@@ -13,6 +13,8 @@ use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sys::{reboot, termios};
 
+const GROUPS: &str = "/sys/fs/cgroup";
+
 pub fn mount_all() -> Result<()> {
     for (kind, at) in [
         ("proc", "/proc"),
@@ -20,12 +22,17 @@ pub fn mount_all() -> Result<()> {
         ("devtmpfs", "/dev"),
         ("tmpfs", "/tmp"),
         ("debugfs", "/sys/kernel/debug"),
+        ("cgroup2", GROUPS),
     ] {
         fs::create_dir_all(at)?;
         mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mounting {kind} on {at}"))?;
     }
-    Ok(())
+    // As systemd does.
+    write_file(
+        &format!("{GROUPS}/cgroup.subtree_control"),
+        "+memory +hugetlb",
+    )
 }
 
 /// Ends the machine, after the console has sent what was printed.
@@ -44,12 +51,17 @@ pub fn kernel() -> String {
     }
 }
 
+/// Puts busybox's tools where a shell finds them.
+pub fn install_tools() -> Result<()> {
+    let mut install = Command::new("/bin/busybox");
+    let status = install.args(["--install", "-s", "/bin"]).status()?;
+    ensure!(status.success(), "busybox --install: {status}");
+    Ok(())
+}
+
 fn shell() -> Command {
-    if Path::new("/bin/busybox").exists() {
-        let _ = Command::new("/bin/busybox")
-            .args(["--install", "-s", "/bin"])
-            .status();
-    }
+    // Without them there is still a shell.
+    let _ = install_tools();
     let mut shell = Command::new("/bin/sh");
     shell
         .env("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
@@ -245,6 +257,49 @@ impl Drop for HugePages {
     fn drop(&mut self) {
         // The next one that reserves some checks what it gets.
         let _ = write_file(&HugePages::file("nr_hugepages"), 0);
+    }
+}
+
+/// A control group (version 2) with the memory controllers; removed on drop.
+pub struct ControlGroup {
+    path: String,
+}
+
+impl ControlGroup {
+    pub fn new(name: &str) -> Result<ControlGroup> {
+        let path = format!("{GROUPS}/{name}");
+        fs::create_dir(&path).context(path.clone())?;
+        Ok(ControlGroup { path })
+    }
+
+    /// The shell's command by which a process, and what it becomes, joins.
+    pub fn join(&self) -> String {
+        format!("echo $$ > {}/cgroup.procs", self.path)
+    }
+
+    pub fn set(&self, file: &str, value: impl fmt::Display) -> Result<()> {
+        write_file(&format!("{}/{file}", self.path), value)
+    }
+
+    pub fn number(&self, file: &str) -> Result<u64> {
+        read_number(&format!("{}/{file}", self.path))
+    }
+
+    /// One of the figures of a file that has a line for each, such as memory.stat.
+    pub fn figure(&self, file: &str, name: &str) -> Result<u64> {
+        let path = format!("{}/{file}", self.path);
+        let text = fs::read_to_string(&path).context(path.clone())?;
+        let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+        let value = lines.find(|(figure, _)| *figure == name);
+        let (_, value) = value.with_context(|| format!("no {name} in {path}"))?;
+        Ok(value.parse()?)
+    }
+}
+
+impl Drop for ControlGroup {
+    fn drop(&mut self) {
+        // Fails while a process is in it; then it stays, and the next one of this name says so.
+        let _ = fs::remove_dir(&self.path);
     }
 }
 

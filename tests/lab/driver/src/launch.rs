@@ -52,7 +52,7 @@ fn tdx_launch(lab: &Lab) -> Result<()> {
         commands("KVM_TDX_FINALIZE_VM").count(),
         1,
     )?;
-    all_private(&mut machine, "tdx")
+    all_private(&mut machine, "tdx", &["pc.bios"])
 }
 
 fn snp_launch(lab: &Lab) -> Result<()> {
@@ -71,7 +71,7 @@ fn snp_launch(lab: &Lab) -> Result<()> {
         of_type(1).any(|line| line["left"] != 0),
         "no command was interrupted: {ours:?}"
     );
-    all_private(&mut machine, "sev-snp")
+    all_private(&mut machine, "sev-snp", &["pc.bios", "pc.rom"])
 }
 
 /// Two sections want the same page. QEMU names it and ends.
@@ -199,13 +199,29 @@ fn same_sequence(own: &[Value], ours: &[Value]) -> Result<()> {
     same("commands", ours.len(), own.len())
 }
 
-/// Nothing that was only there to be measured is held any more.
-fn all_private(machine: &mut Machine, agent: &str) -> Result<()> {
-    let info = machine.region("ram0")?;
-    same("agent", info.agent.as_str(), agent)?;
-    same("private", info.private, RAM)?;
-    same("shared-held", info.shared_held, Some(0))?;
-    same("held-twice", info.held_twice, Some(0))
+/// Nothing that was only there to be measured is held any more. What the board made by itself is
+/// listed, too, after the backend.
+fn all_private(machine: &mut Machine, agent: &str, board: &[&str]) -> Result<()> {
+    let all = machine.private_memory()?;
+    let listed: Vec<_> = all.iter().map(|info| info.id.as_str()).collect();
+    same("private memory", listed, [&["ram0"], board].concat())?;
+    for info in &all {
+        println!("  {info:?}");
+        same("backend", info.backend, info.id == "ram0")?;
+        same("agent", info.agent.as_str(), agent)?;
+        same("private", info.private, info.size)?;
+        same("shared-held", info.shared_held, Some(0))?;
+        same("held-twice", info.held_twice, Some(0))?;
+    }
+    let shown = machine.hmp("info private-memory")?;
+    for id in board {
+        let heading = format!("{id} ({agent}, the board's own)");
+        ensure!(shown.contains(&heading), "no '{heading}' in: {shown}");
+        let asked = json!({"id": id, "limit": 1});
+        let answer = machine.qmp.call("query-private-memory", asked)?;
+        same("by its id", answer[0]["id"].as_str(), Some(*id))?;
+    }
+    Ok(())
 }
 
 // ---- A firmware image with the tables that QEMU looks for: OVMF's, at its end ----

@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::libc;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -33,6 +34,7 @@ pub struct Launch {
     qemu: PathBuf,
     args: Vec<String>,
     environment: Vec<(&'static str, String)>,
+    before: Vec<String>,
 }
 
 impl Launch {
@@ -43,6 +45,7 @@ impl Launch {
             qemu,
             args: Vec::new(),
             environment: Vec::new(),
+            before: Vec::new(),
         };
         launch.with(
             "-L /firmware -nodefaults -display none -no-reboot -smp 2 \
@@ -73,6 +76,12 @@ impl Launch {
 
     pub fn env(mut self, name: &'static str, value: &str) -> Launch {
         self.environment.push((name, value.into()));
+        self
+    }
+
+    /// A shell command that the process runs before it becomes QEMU.
+    pub fn before(mut self, command: &str) -> Launch {
+        self.before.push(command.into());
         self
     }
 
@@ -139,7 +148,10 @@ struct Process {
 
 impl Process {
     fn spawn(launch: &Launch) -> Result<Process> {
-        let mut child = Command::new(&launch.qemu)
+        let script = [&launch.before[..], &["exec \"$@\"".into()]].concat();
+        let mut child = Command::new("/bin/sh")
+            .args(["-ec", &script.join("\n"), "sh"])
+            .arg(&launch.qemu)
             .args(&launch.args)
             .envs(launch.environment.iter().cloned())
             .stdin(Stdio::piped())
@@ -384,6 +396,17 @@ impl Machine {
         Ok(self.process.stderr())
     }
 
+    /// Sends the guest a command at which the host kills QEMU.
+    pub fn killed_by(mut self, command: &str) -> Result<()> {
+        self.send(command)?;
+        let status = self.process.wait()?;
+        ensure!(
+            status.signal() == Some(libc::SIGKILL),
+            "QEMU ended with {status}"
+        );
+        Ok(())
+    }
+
     /// QEMU ends by itself with an error; gives what it wrote to stderr.
     pub fn ended(mut self) -> Result<String> {
         let status = self.process.wait()?;
@@ -497,6 +520,7 @@ impl Side {
 #[serde(rename_all = "kebab-case")]
 pub struct PrivateMemory {
     pub id: String,
+    pub backend: bool,
     pub agent: String,
     pub size: u64,
     pub granule: u64,

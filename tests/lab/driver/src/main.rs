@@ -10,6 +10,7 @@
 //! Results go to the console as lines `@lab {json}`; all other lines are a log for people.
 
 mod access;
+mod cgroup;
 mod conformance;
 mod demo;
 mod docs;

@@ -17,7 +17,7 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, demo, docs, failure, host, launch, properties};
+use crate::{Lab, access, cgroup, demo, docs, failure, host, launch, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -119,6 +119,7 @@ pub fn all() -> Vec<Scenario> {
     ];
     list.extend(access::all());
     list.extend(properties::all());
+    list.extend(cgroup::all());
     list.extend(launch::all());
     list.extend(failure::all());
     list.extend(refusals);
