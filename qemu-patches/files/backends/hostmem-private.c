@@ -72,6 +72,13 @@ static bool private_backend_check(HostMemoryBackendPrivate *m, const char *id,
                    "fd of the shared store; leave the property out", id);
         return false;
     }
+    if (private_memory_starts_shared()) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property "
+                   "'x-require-guest-memfd' of " TYPE_SW_PROTECTED_GUEST
+                   " leaves all private memory to QEMU itself; leave the "
+                   "property out, or use another memory backend", id);
+        return false;
+    }
     if (m->emulate && (machine->cgs || kvm_enabled())) {
         error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property "
                    "'emulate' must be 'off' with %s: the emulated trust agent "

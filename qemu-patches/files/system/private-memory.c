@@ -17,6 +17,7 @@
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
+#include "hw/boards.h"
 #include "hw/qdev-core.h"
 #include "migration/vmstate.h"
 #include "system/accel-blocker.h"
@@ -61,6 +62,12 @@ bool private_memory_is_launched(void)
 {
     return agent == PRIVATE_MEMORY_AGENT_TDX ||
            agent == PRIVATE_MEMORY_AGENT_SEV_SNP;
+}
+
+bool private_memory_starts_shared(void)
+{
+    return machine_require_guest_memfd(current_machine) &&
+           !private_memory_is_launched();
 }
 
 /*
@@ -267,6 +274,7 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     uint64_t done = 0, step = 0;
     int ret;
 
+    trace_private_memory_convert_begin(gpa, size, to_private);
     do {
         /* Slots that are made anew in between would lose the request. */
         accel_ioctl_begin();

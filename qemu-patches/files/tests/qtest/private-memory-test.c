@@ -1215,6 +1215,13 @@ static void test_bad_command_lines(void)
                     "memory-backend=ram0 -object "
                     "memory-backend-private,id=ram0,size=64M,emulate=on",
                     "'ram0'", "'emulate'", "confidential guest", "leave", NULL);
+    assert_no_start("-object "
+                    "sw-protected-guest,id=cgs0,x-require-guest-memfd=on "
+                    "-machine confidential-guest-support=cgs0,"
+                    "memory-backend=ram0 "
+                    "-object memory-backend-private,id=ram0,size=64M",
+                    "'ram0'", "'x-require-guest-memfd'", "leave",
+                    "another memory backend", NULL);
     assert_no_start("-smp 2 -object "
                     "memory-backend-private,id=ram0,size=32M,emulate=on "
                     "-numa node,memdev=ram0 -numa node,memdev=ram0",
