@@ -5,6 +5,7 @@
 //! cache, and the cache may be deleted at any time.
 
 mod apt;
+mod bench;
 mod cache;
 mod checkpatch;
 mod coverage;
@@ -75,6 +76,17 @@ enum Command {
         /// Run only these of the lab's tests (may be repeated)
         #[arg(long, value_name = "NAME", value_delimiter = ',')]
         lab_test: Vec<String>,
+    },
+    /// Measure conversions in the lab, against QEMU's own and bare ioctls
+    Bench {
+        /// Fail if a figure misses its bar
+        #[arg(long)]
+        check: bool,
+        /// Keep all figures in this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        #[command(flatten)]
+        boot: BootArgs,
     },
     /// Boot the lab with a shell on this terminal, or run a command in it
     Lab {
@@ -180,6 +192,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         } => {
             let chosen = suites::Chosen { suite, full, line };
             Ok(suites::run(&cx, &chosen, &lab_test))
+        }
+        Command::Bench { check, json, boot } => {
+            bench::run(&cx, boot.line, boot.limit(), check, json)
         }
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {
