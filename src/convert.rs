@@ -71,6 +71,10 @@ impl<'a> Segment<'a> {
         self.region.punch(side, self.offsets)
     }
 
+    fn clear(&self, side: Side) -> Result<()> {
+        self.region.clear(side, self.offsets)
+    }
+
     fn allocate(&self, side: Side) -> Result<()> {
         self.region.allocate(side, self.offsets)
     }
@@ -377,7 +381,7 @@ where
     I: Iterator<Item = Segment<'a>>,
 {
     for change in step() {
-        change.punch(to)?;
+        change.clear(to)?;
         change.allocate(to)?;
         change.before(to)?;
         done.asked += 1;

@@ -58,6 +58,15 @@ impl Part {
     pub(crate) fn punch(&self) -> Result<()> {
         self.store.punch(self.file)
     }
+
+    /// Punches where there is anything, or the kernel cannot tell: of a file on
+    /// a disk it tells only what is in memory.
+    pub(crate) fn clear(&self) -> Result<()> {
+        match self.is_in_memory() && self.store.held(self.file) == Some(0) {
+            true => Ok(()),
+            false => self.punch(),
+        }
+    }
 }
 
 /// What of a region lies elsewhere, by its first offset.

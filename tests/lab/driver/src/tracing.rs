@@ -22,6 +22,8 @@ const EVENTS: &[&str] = &[
 const KVM_RUN: u64 = 0xae80;
 const KVM_SET_MEMORY_ATTRIBUTES: u64 = 0x4020_aed2;
 const KVM_PRE_FAULT_MEMORY: u64 = 0xc040_aed5;
+/// Not in every libc crate; the same on every architecture.
+const SYS_CACHESTAT: i64 = 451;
 
 /// The kernel traces one thread for as long as this lives.
 pub struct Tracing(());
@@ -162,6 +164,7 @@ fn name(number: i64, second: u64, switched: bool) -> &'static str {
         (libc::SYS_ioctl, KVM_PRE_FAULT_MEMORY) => "prefault",
         (libc::SYS_fallocate, _) if switched => "punch of the side left",
         (libc::SYS_fallocate, _) => "punch of the side entered",
+        (SYS_CACHESTAT, _) => "cachestat",
         (libc::SYS_madvise, _) => "madvise",
         (libc::SYS_futex, _) => "futex",
         (libc::SYS_write, _) => "log",
