@@ -91,6 +91,10 @@ impl<'a> Segment<'a> {
         self.region.punch(side, self.offsets)
     }
 
+    fn clear(&self, side: Side) -> Result<()> {
+        self.region.clear(side, self.offsets)
+    }
+
     fn allocate(&self, side: Side) -> Result<()> {
         self.region.allocate(side, self.offsets)
     }
@@ -469,7 +473,7 @@ struct Done {
 fn convert(step: &Step, done: &mut Done) -> Result<()> {
     let to = step.to;
     step.try_each(|_, change| {
-        change.punch(to)?;
+        change.clear(to)?;
         change.allocate(to)?;
         change.before(to)?;
         done.asked += 1;

@@ -121,6 +121,15 @@ impl Store {
             .map_err(|e| Error::kernel("fallocate(PUNCH_HOLE)", e))
     }
 
+    /// Punches where there is anything, or the kernel cannot tell: of a file on
+    /// a disk it tells only what is in memory.
+    pub(crate) fn clear(&self, offsets: Range) -> Result<()> {
+        match self.is_in_memory() && self.held(offsets) == Some(0) {
+            true => Ok(()),
+            false => self.punch(offsets),
+        }
+    }
+
     /// Takes the pages of `offsets` that are not there yet, on the nodes that
     /// `policy` says.
     ///

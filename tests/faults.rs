@@ -203,6 +203,24 @@ fn a_binding_that_fails_leaves_nothing() {
     assert_eq!(kernel.pages().private, [65, 68].into());
 }
 
+/// The attribute, and a hole in the side that is left; another one where a page
+/// has got into the side that is entered.
+#[test]
+fn the_side_that_is_entered_is_freed_where_it_holds_anything() {
+    for to in [Side::Private, Side::Shared] {
+        let (kernel, vm, region) = common::vm_with_region(2);
+        common::convert(&vm, 0..2, to.other()).unwrap();
+        kernel.touch(&region, to, 1);
+        for (granule, calls) in [(0, 2), (1, 3)] {
+            kernel.set_fail(Fail::Never);
+            common::convert(&vm, granule..granule + 1, to).unwrap();
+            assert_eq!(kernel.calls(), calls, "granule {granule} to {to:?}");
+        }
+        assert_eq!(pages_held(&kernel.pages()), 0);
+        kernel.assert_rules();
+    }
+}
+
 #[test]
 fn creation_passes_on_what_the_kernel_says() {
     for (number, errno, word) in [

@@ -17,8 +17,8 @@ struct Setup {
 }
 
 impl Setup {
-    /// A region with several runs on each side and three listeners, of which
-    /// the one in the middle may refuse.
+    /// A region with several runs on each side, something in both stores, and
+    /// three listeners, of which the one in the middle may refuse.
     fn new() -> Setup {
         let kernel = Model::new();
         let vm = kernel.vm();
@@ -27,6 +27,10 @@ impl Setup {
         for granule in [2, 3, 7, 15, 16, 20] {
             vm.convert(granule * GRANULE, GRANULE, Side::Private)
                 .unwrap();
+        }
+        for granule in 0..GRANULES {
+            kernel.touch(&region, Side::Private, granule);
+            kernel.touch(&region, Side::Shared, granule);
         }
         let mappers = [false, true, false].map(|refuses| Mapper::new(&kernel, &region, refuses));
         for mapper in &mappers {

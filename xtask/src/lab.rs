@@ -102,7 +102,7 @@ pub fn command(
         Event::Log(line) => println!("{line}"),
         Event::Exit(status) => exit = Some(status),
         Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Done => {}
+        Event::Test(_) | Event::Demo(_) | Event::Bench(_) | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
     match exit {

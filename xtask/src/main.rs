@@ -79,14 +79,19 @@ enum Command {
         #[arg(long, value_name = "NAME", value_delimiter = ',')]
         lab_test: Vec<String>,
     },
-    /// Measure what conversions cost beside QEMU's own tracking
+    /// Measure what conversions cost, beside QEMU's own tracking and bare ioctls
     Bench {
         /// Fail if a figure misses its bar
         #[arg(long)]
         check: bool,
-        /// Write all figures to this file
+        /// Write all figures to this file, too
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
+        /// Only one half: book-keeping in one process, or a guest in the lab
+        #[arg(long, value_enum)]
+        only: Option<bench::Half>,
+        #[command(flatten)]
+        boot: BootArgs,
     },
     /// Boot the lab with a shell on this terminal, or run a command in it
     Lab {
@@ -199,7 +204,12 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             let chosen = suites::Chosen { suite, full, line };
             Ok(suites::run(&cx, &chosen, &lab_test))
         }
-        Command::Bench { check, json } => bench::run(&cx, check, json),
+        Command::Bench {
+            check,
+            json,
+            only,
+            boot,
+        } => bench::run(&cx, only, (boot.line, boot.limit()), check, json),
         Command::Fuzz { seconds } => fuzz::command(&cx, seconds),
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {

@@ -11,6 +11,7 @@ pub enum Event {
     Log(String),
     Test(Test),
     Demo(Map<String, Value>),
+    Bench(Value),
     Exit(u8),
     Error(String),
     Done,
@@ -50,6 +51,9 @@ fn result(json: &str) -> Option<Event> {
     }
     if let Some(Value::Object(demo)) = object.remove("demo") {
         return Some(Event::Demo(demo));
+    }
+    if let Some(bench) = object.remove("bench") {
+        return Some(Event::Bench(bench));
     }
     if let Some(status) = object.get("exit") {
         // Like a shell: anything odd is a failure.

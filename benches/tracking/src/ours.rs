@@ -144,6 +144,10 @@ impl Kernel for Nothing {
         Ok(())
     }
 
+    fn pre_fault(&self, _: BorrowedFd, _: Range) -> io::Result<Option<Range>> {
+        absent()
+    }
+
     fn create_memfd(&self, name: &CStr, size: u64, huge: Option<u64>) -> io::Result<OwnedFd> {
         Linux.create_memfd(name, size, huge)
     }
@@ -169,7 +173,7 @@ impl Kernel for Nothing {
     }
 
     fn held(&self, _: BorrowedFd, _: Range) -> io::Result<u64> {
-        absent()
+        Ok(0)
     }
 
     fn blocks(&self, _: BorrowedFd) -> io::Result<u64> {

@@ -17,6 +17,7 @@
 #include "qemu/main-loop.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
+#include "hw/boards.h"
 #include "hw/qdev-core.h"
 #include "migration/vmstate.h"
 #include "system/accel-blocker.h"
@@ -28,6 +29,8 @@ static struct privmem_vm *privmem_vm;
 static PrivateMemoryAgent agent = PRIVATE_MEMORY_AGENT_SW_PROTECTED;
 static int kvm_vm_fd = -1;
 static int sev_device_fd = -1;
+/* For good, once a backend wants it. */
+static bool prefault;
 
 PrivateMemoryStats private_memory_stats;
 
@@ -61,6 +64,12 @@ bool private_memory_is_launched(void)
 {
     return agent == PRIVATE_MEMORY_AGENT_TDX ||
            agent == PRIVATE_MEMORY_AGENT_SEV_SNP;
+}
+
+bool private_memory_starts_shared(void)
+{
+    return machine_require_guest_memfd(current_machine) &&
+           !private_memory_is_launched();
 }
 
 /*
@@ -268,6 +277,7 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     uint64_t done = 0, step = 0;
     int ret;
 
+    trace_private_memory_convert_begin(gpa, size, to_private);
     do {
         /* Slots that are made anew in between would lose the request. */
         accel_ioctl_begin();
@@ -294,7 +304,12 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     return ret;
 }
 
-uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
+void private_memory_use_prefault(void)
+{
+    qatomic_set(&prefault, true);
+}
+
+uint64_t private_memory_hypercall(CPUState *cpu, uint64_t gpa, uint64_t pages,
                                   bool to_private)
 {
     g_autoptr(Error) err = NULL;
@@ -308,6 +323,12 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
     if (ret && ret != -EINVAL) {
         /* Not the guest's fault; but a guest must not fill the log. */
         warn_report_once("%s", error_get_pretty(err));
+    }
+    if (!ret && to_private && qatomic_read(&prefault)) {
+        /* What cannot be had now is taken when the guest touches it. */
+        ret = privmem_vm_prefault(privmem_vm, cpu->kvm_fd, gpa, size);
+        trace_private_memory_prefault(gpa, size, ret);
+        return 0;
     }
     return ret;
 }

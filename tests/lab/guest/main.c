@@ -23,6 +23,10 @@
  *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
  *   inflate ADDR PAGES                   gives pages to the virtio balloon    -> ok
  *   report ADDR PAGES                    reports them to it as free           -> ok
+ *   pingpong ADDR STRIDE PLACES PAGES [touch]
+ *                                        PAGES to private and back, at so many
+ *                                        places; touch: and written on both
+ *                                        sides; cycles, the median of places  -> pingpong ...
  *   machine-checks                       turn them on, on the boot CPU        -> ok
  *   machine-check                        how many there were, and the last    -> machine-check ...
  *   eject SLOT                           q35: the DIMM may be unplugged       -> ok
@@ -51,6 +55,7 @@ enum {
 	MAX_PAGES = 4096,
 	LARGE = 512,			/* 2 MiB */
 	MAX_REMARKS = 8,
+	MAX_PLACES = 256,
 };
 
 /* ---- the machine ---- */
@@ -840,6 +845,63 @@ static void chase(u64 base, u64 pages, u64 count, u64 seed)
 	put("\n");
 }
 
+/* ---- how long conversions take ---- */
+
+static inline u64 rdtsc(void)
+{
+	u32 low, high;
+
+	asm volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
+	return (u64)high << 32 | low;
+}
+
+static void touch(u64 addr, u64 pages)
+{
+	for (u64 i = 0; i < pages; i++)
+		*(volatile u64 *)(addr + i * PAGE) = 1;
+}
+
+/* Sorts them; whatever takes its time now and then, such as a host's other work, does not count. */
+static u64 median(u64 *values, u64 n)
+{
+	for (u64 i = 1; i < n; i++) {
+		u64 value = values[i], j = i;
+
+		for (; j && values[j - 1] > value; j--)
+			values[j] = values[j - 1];
+		values[j] = value;
+	}
+	return values[n / 2];
+}
+
+static u64 converting[2][MAX_PLACES], touching[2][MAX_PLACES];
+
+static void pingpong(u64 base, u64 stride, u64 places, u64 pages, bool touched)
+{
+	u64 failed = 0;
+
+	for (u64 i = 0; i < 2 * places; i++) {
+		u64 place = i / 2, addr = base + place * stride;
+		bool to_private = i % 2 == 0;
+		u64 start = rdtsc(), end;
+
+		failed += convert(addr, pages, to_private) != 0;
+		end = rdtsc();
+		converting[to_private][place] = end - start;
+		if (touched)
+			touch(addr, pages);
+		touching[to_private][place] = touched ? rdtsc() - end : 0;
+	}
+	put("pingpong");
+	put_field("conversions", 2 * places - failed);
+	put_field("failed", failed);
+	put_field("to_private", median(converting[true], places));
+	put_field("to_shared", median(converting[false], places));
+	put_field("touch_private", median(touching[true], places));
+	put_field("touch_shared", median(touching[false], places));
+	put("\n");
+}
+
 /* ---- memory slots that come and go ---- */
 
 /*
@@ -1133,6 +1195,9 @@ static bool obey(char *word[], int n)
 		put("ok\n");
 	} else if (n == 5 && same(word[0], "remap") && ap_alive && shadowed && a[1] && a[1] <= MAX_PAGES) {
 		remap(a[0], a[1], a[2], a[3]);
+	} else if ((n == 5 || (n == 6 && same(word[5], "touch"))) && same(word[0], "pingpong") &&
+		   a[2] && a[2] <= MAX_PLACES) {
+		pingpong(a[0], a[1], a[2], a[3], n == 6);
 	} else if (n == 1 && same(word[0], "machine-checks")) {
 		turn_machine_checks_on();
 		put("ok\n");

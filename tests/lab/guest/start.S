@@ -4,7 +4,8 @@
  * page 0xf0. All code and the GDT stay in ROM; page tables, stacks and data lie
  * in low RAM, which no test converts.
  */
-	.set	PAGES_2M, 16 * 512	/* 16 GiB mapped one to one */
+	.set	PAGES_2M, 16 * 512	/* 16 GiB mapped one to one ... */
+	.set	PAGES_1G, 512		/* ... and up to 512 GiB where the CPU has pages of 1 GiB */
 
 	.section .text.entry, "ax"
 	.code16
@@ -80,8 +81,18 @@ build_page_tables:
 	incl	%ecx
 	cmpl	$PAGES_2M / 512, %ecx
 	jb	1b
-	xorl	%ecx, %ecx
 2:	movl	%ecx, %eax
+	shll	$30, %eax
+	orl	$0x83, %eax		/* present, writable, 1 GiB */
+	movl	%eax, pdpt(, %ecx, 8)
+	movl	%ecx, %eax
+	shrl	$2, %eax
+	movl	%eax, pdpt + 4(, %ecx, 8)
+	incl	%ecx
+	cmpl	$PAGES_1G, %ecx
+	jb	2b
+	xorl	%ecx, %ecx
+3:	movl	%ecx, %eax
 	shll	$21, %eax
 	orl	$0x83, %eax		/* present, writable, 2 MiB */
 	movl	%eax, page_directories(, %ecx, 8)
@@ -90,7 +101,7 @@ build_page_tables:
 	movl	%eax, page_directories + 4(, %ecx, 8)
 	incl	%ecx
 	cmpl	$PAGES_2M, %ecx
-	jb	2b
+	jb	3b
 	ret
 
 	.code64

@@ -1,43 +1,55 @@
 //! `cargo xtask bench`: what conversions cost, against others, in one run.
 
+mod lab;
 mod tracking;
 
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
+use clap::ValueEnum;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::Context;
+use crate::qemu::Line;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Half {
+    Tracking,
+    Lab,
+}
 
 /// What a figure has to reach.
 #[derive(Debug, Serialize)]
 pub struct Bar {
-    pub name: String,
-    pub value: f64,
-    pub limit: Limit,
+    name: String,
+    value: f64,
+    limit: Limit,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Limit {
+enum Limit {
     AtLeast(f64),
     AtMost(f64),
 }
 
 impl Bar {
-    pub fn at_least(name: impl Into<String>, value: f64, limit: f64) -> Self {
+    fn at_least(name: impl Into<String>, value: f64, limit: f64) -> Self {
         let (name, limit) = (name.into(), Limit::AtLeast(limit));
         Self { name, value, limit }
     }
 
-    pub fn at_most(name: impl Into<String>, value: f64, limit: f64) -> Self {
+    fn at_most(name: impl Into<String>, value: f64, limit: f64) -> Self {
         let (name, limit) = (name.into(), Limit::AtMost(limit));
         Self { name, value, limit }
     }
 
-    pub fn holds(&self) -> bool {
+    fn holds(&self) -> bool {
         match self.limit {
             Limit::AtLeast(limit) => self.value >= limit,
             Limit::AtMost(limit) => self.value <= limit,
@@ -45,19 +57,51 @@ impl Bar {
     }
 }
 
-pub fn run(cx: &Context, check: bool, json: Option<PathBuf>) -> Result<ExitCode> {
-    let figures = tracking::run(cx)?;
-    print!("{}", figures.table());
-    let bars = figures.bars()?;
-    for bar in &bars {
-        let word = if bar.holds() { "holds" } else { "MISSED" };
-        println!("{word}: {}: {:.2}, {:?}", bar.name, bar.value, bar.limit);
+impl fmt::Display for Bar {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let word = if self.holds() { "holds" } else { "MISSED" };
+        let (than, limit) = match self.limit {
+            Limit::AtLeast(limit) => ("at least", limit),
+            Limit::AtMost(limit) => ("at most", limit),
+        };
+        write!(
+            f,
+            "{word:>6}: {}: {:.2}, {than} {limit}",
+            self.name, self.value
+        )
     }
+}
+
+/// Prints what was measured and which bars hold, and keeps it in target/bench.
+/// With `check`, a bar that is missed is a failure.
+pub fn run(
+    cx: &Context,
+    only: Option<Half>,
+    (line, limit): (Option<Line>, Duration),
+    check: bool,
+    json: Option<PathBuf>,
+) -> Result<ExitCode> {
     let dir = cx.root.join("target/bench");
     fs::create_dir_all(&dir)?;
-    figures.plot(&dir.join("tracking.svg"))?;
-    if let Some(path) = json {
-        fs::write(path, serde_json::to_string_pretty(&figures)? + "\n")?;
+    let mut kept = json!({});
+    let mut bars = Vec::new();
+    if only != Some(Half::Lab) {
+        let figures = tracking::run(cx)?;
+        print!("{}", figures.table());
+        figures.plot(&dir.join("tracking.svg"))?;
+        bars.extend(figures.bars()?);
+        kept["tracking"] = serde_json::to_value(&figures)?;
+    }
+    if only != Some(Half::Tracking) {
+        let figures = lab::run(cx, line, limit)?;
+        print!("{}", figures.table());
+        bars.extend(figures.bars());
+        kept["lab"] = serde_json::to_value(&figures)?;
+    }
+    bars.iter().for_each(|bar| println!("{bar}"));
+    kept["bars"] = serde_json::to_value(&bars)?;
+    for path in json.into_iter().chain([dir.join("bench.json")]) {
+        fs::write(path, serde_json::to_string_pretty(&kept)? + "\n")?;
     }
     let missed = check && !bars.iter().all(Bar::holds);
     Ok(ExitCode::from(u8::from(missed)))

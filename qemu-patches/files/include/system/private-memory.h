@@ -89,6 +89,12 @@ bool private_memory_enabled(void);
 bool private_memory_is_launched(void);
 
 /*
+ * True where RAM has a guest_memfd of QEMU's own and the guest expects all of
+ * it to be shared when it starts: 'x-require-guest-memfd'.
+ */
+bool private_memory_starts_shared(void);
+
+/*
  * Makes @mr RAM of @region: its shared store, mapped. The region stays the
  * caller's.
  */
@@ -149,6 +155,7 @@ static inline void private_memory_use_snp(int sev_fd)
 
 /* Macros, so that the calls below are dropped without optimization, too. */
 #define private_memory_enabled() (0)
+#define private_memory_starts_shared() (0)
 #define memory_region_is_private_capable(mr) (0)
 
 static inline bool private_memory_check_host_access(hwaddr gpa, uint64_t size,
@@ -208,11 +215,14 @@ bool private_memory_finalize(const void *snp_finish, size_t finish_size,
                              Error **errp);
 
 /*
- * KVM_HC_MAP_GPA_RANGE: arguments as the guest gave them. Returns what the
- * guest finds in its register: 0 or a negative errno.
+ * KVM_HC_MAP_GPA_RANGE of @cpu, on its thread: arguments as the guest gave
+ * them. Returns what the guest finds in its register: 0 or a negative errno.
  */
-uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
+uint64_t private_memory_hypercall(CPUState *cpu, uint64_t gpa, uint64_t pages,
                                   bool to_private);
+
+/* Memory of some backend is mapped as soon as the guest has made it private. */
+void private_memory_use_prefault(void);
 
 /*
  * KVM_EXIT_MEMORY_FAULT on an access to private memory, or to shared. 0 if the

@@ -425,6 +425,8 @@ static void test_bad_objects(void)
                  NULL);
     assert_error(add(qts, "'emulate': true, 'size': 4096, 'discard': 'all'"),
                  "'discard'", "'all'", NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 4096, 'prefault': true"),
+                 "'m'", "emulated agent", "'prefault'", NULL);
     assert_error(add(qts, "'emulate': true, 'size': 4194304, 'hugetlb': true, "
                      "'hugetlbsize': 2097152"), "'m'", "emulated agent",
                  "huge pages", NULL);
@@ -1216,6 +1218,13 @@ static void test_bad_command_lines(void)
                     "memory-backend=ram0 -object "
                     "memory-backend-private,id=ram0,size=64M,emulate=on",
                     "'ram0'", "'emulate'", "confidential guest", "leave", NULL);
+    assert_no_start("-object "
+                    "sw-protected-guest,id=cgs0,x-require-guest-memfd=on "
+                    "-machine confidential-guest-support=cgs0,"
+                    "memory-backend=ram0 "
+                    "-object memory-backend-private,id=ram0,size=64M",
+                    "'ram0'", "'x-require-guest-memfd'", "leave",
+                    "another memory backend", NULL);
     assert_no_start("-smp 2 -object "
                     "memory-backend-private,id=ram0,size=32M,emulate=on "
                     "-numa node,memdev=ram0 -numa node,memdev=ram0",

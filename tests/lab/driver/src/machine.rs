@@ -348,11 +348,7 @@ impl Machine {
     /// The reply to such a command that was sent before.
     pub fn counts(&mut self, command: &str) -> Result<HashMap<String, u64>> {
         let reply = self.reply(command)?;
-        let counts: HashMap<_, _> = reply
-            .split_whitespace()
-            .filter_map(|word| word.split_once('='))
-            .filter_map(|(key, value)| Some((key.to_string(), value.parse().ok()?)))
-            .collect();
+        let counts = counts_in(&reply);
         ensure!(
             counts.contains_key("conversions"),
             "the guest's reply to '{command}' is: {reply}"
@@ -494,6 +490,15 @@ impl Machine {
             Err(text) => Err(text),
         })
     }
+}
+
+/// What a reply `NAME key=value ...` says.
+pub fn counts_in(reply: &str) -> HashMap<String, u64> {
+    reply
+        .split_whitespace()
+        .filter_map(|word| word.split_once('='))
+        .filter_map(|(key, value)| Some((key.to_string(), value.parse().ok()?)))
+        .collect()
 }
 
 pub fn convert_arguments(addr: u64, size: u64, to: Side) -> Value {

@@ -3,6 +3,7 @@
 //! and `qmp`.
 //!
 //! `lab.run=all|demo|NAME,..`  run scenarios and conformance tests (`lab.line=10.2` picks the QEMU)
+//! `lab.bench`                 measure conversions
 //! `lab.cmd=BASE64`            run a shell command
 //! `lab.shell`                 a shell on the console
 //! `lab.role=guest`            be the plain Linux guest
@@ -10,6 +11,8 @@
 //! Results go to the console as lines `@lab {json}`; all other lines are a log for people.
 
 mod access;
+mod bare;
+mod bench;
 mod cgroup;
 mod conformance;
 mod demo;
@@ -22,6 +25,7 @@ mod properties;
 mod qmp;
 mod refusals;
 mod scenarios;
+mod tracing;
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -66,27 +70,37 @@ fn run() -> Result<()> {
     } else if option("shell").is_some() {
         host::run_shell()?;
     } else if let Some(names) = option("run") {
-        run_tests(&names, option("line"))?;
+        run_tests(&Lab::here(option("line"))?, &names)?;
+    } else if option("bench").is_some() {
+        bench::run(&Lab::here(option("line"))?)?;
     } else {
-        bail!("no lab.run=, lab.cmd=, lab.shell or lab.role= on the kernel command line");
+        bail!(
+            "no lab.run=, lab.bench, lab.cmd=, lab.shell or lab.role= on the kernel command line"
+        );
     }
     report(json!({"done": true}));
     Ok(())
 }
 
-fn run_tests(names: &str, line: Option<String>) -> Result<()> {
-    let lab = Lab {
-        line: line.unwrap_or_else(|| "10.2".into()),
-        kernel: host::kernel(),
-        kvm: host::Kvm::probe()?,
-    };
-    println!("kernel {}, {}", lab.kernel, lab.kvm);
+impl Lab {
+    fn here(line: Option<String>) -> Result<Lab> {
+        let lab = Lab {
+            line: line.unwrap_or_else(|| "10.2".into()),
+            kernel: host::kernel(),
+            kvm: host::Kvm::probe()?,
+        };
+        println!("kernel {}, {}", lab.kernel, lab.kvm);
+        Ok(lab)
+    }
+}
+
+fn run_tests(lab: &Lab, names: &str) -> Result<()> {
     let scenarios = scenarios::all();
     for name in names.split(',').filter(|name| *name != "all") {
         if name.contains("::") {
-            run_conformance(&lab, name);
+            run_conformance(lab, name);
         } else if let Some(scenario) = scenarios.iter().find(|scenario| scenario.name == name) {
-            run_scenario(&lab, scenario);
+            run_scenario(lab, scenario);
         } else {
             verdict(name, "failed", "there is no such test");
         }
@@ -94,10 +108,10 @@ fn run_tests(names: &str, line: Option<String>) -> Result<()> {
     if names.split(',').any(|name| name == "all") {
         scenarios
             .iter()
-            .for_each(|scenario| run_scenario(&lab, scenario));
+            .for_each(|scenario| run_scenario(lab, scenario));
         conformance::all()?
             .iter()
-            .for_each(|name| run_conformance(&lab, name));
+            .for_each(|name| run_conformance(lab, name));
     }
     Ok(())
 }

@@ -44,6 +44,14 @@ pub const REFUSALS: &[Refusal] = &[
         says: &["ram0", "emulate"],
     },
     Refusal {
+        name: "refuse-beside-qemus-own",
+        args: "-accel kvm -cpu host -m 256M \
+               -object sw-protected-guest,id=cgs0,x-require-guest-memfd=on \
+               -object memory-backend-private,id=ram0,size=256M \
+               -machine q35,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
+        says: &["ram0", "x-require-guest-memfd", "leave the property out"],
+    },
+    Refusal {
         name: "refuse-share-off",
         args: "-accel kvm -cpu host -m 256M -object sw-protected-guest,id=cgs0 \
                -object memory-backend-private,id=ram0,size=256M,share=off \

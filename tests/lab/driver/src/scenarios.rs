@@ -17,7 +17,7 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, cgroup, demo, docs, failure, host, launch, properties};
+use crate::{Lab, access, bench, cgroup, demo, docs, failure, host, launch, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -122,6 +122,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(cgroup::all());
     list.extend(launch::all());
     list.extend(failure::all());
+    list.extend(bench::all());
     list.extend(refusals);
     list.push(Scenario::new("documented-commands", docs::run));
     list.push(Scenario::new("demo", demo::run));

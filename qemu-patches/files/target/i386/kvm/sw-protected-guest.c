@@ -43,7 +43,7 @@ static int sw_protected_kvm_init(ConfidentialGuestSupport *cgs, Error **errp)
     }
     x86ms->smm = ON_OFF_AUTO_OFF;
 
-    if (!private_memory_vm(false, errp)) {
+    if (!cgs->require_guest_memfd && !private_memory_vm(false, errp)) {
         return -EOPNOTSUPP;
     }
     if (!kvm_enable_hypercall(BIT_ULL(KVM_HC_MAP_GPA_RANGE))) {
@@ -85,10 +85,28 @@ static int sw_protected_kvm_type(X86ConfidentialGuest *cg)
     return KVM_X86_SW_PROTECTED_VM;
 }
 
+static bool sw_protected_get_require_guest_memfd(Object *o, Error **errp)
+{
+    return CONFIDENTIAL_GUEST_SUPPORT(o)->require_guest_memfd;
+}
+
+static void sw_protected_set_require_guest_memfd(Object *o, bool value,
+                                                 Error **errp)
+{
+    CONFIDENTIAL_GUEST_SUPPORT(o)->require_guest_memfd = value;
+}
+
 static void sw_protected_guest_class_init(ObjectClass *oc, ClassInitData *data)
 {
     CONFIDENTIAL_GUEST_SUPPORT_CLASS(oc)->kvm_init = sw_protected_kvm_init;
     X86_CONFIDENTIAL_GUEST_CLASS(oc)->kvm_type = sw_protected_kvm_type;
+
+    object_class_property_add_bool(oc, "x-require-guest-memfd",
+                                   sw_protected_get_require_guest_memfd,
+                                   sw_protected_set_require_guest_memfd);
+    object_class_property_set_description(oc, "x-require-guest-memfd",
+        "Private memory of QEMU's own for all RAM, to compare with "
+        "memory-backend-private");
 }
 
 static const TypeInfo sw_protected_guest_info = {
