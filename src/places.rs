@@ -71,10 +71,16 @@ pub(crate) struct Places {
 impl Places {
     /// The part at the start of `offsets` that lies in one place; without a
     /// place where that is home.
+    #[inline]
     fn first(&self, offsets: Range) -> (Range, Option<Part>) {
-        if !self.used.load(Ordering::Acquire) {
-            return (offsets, None);
+        match self.used.load(Ordering::Acquire) {
+            false => (offsets, None),
+            true => self.first_of_some(offsets),
         }
+    }
+
+    #[cold]
+    fn first_of_some(&self, offsets: Range) -> (Range, Option<Part>) {
         let parts = self.parts.read().unwrap_or_else(PoisonError::into_inner);
         let before = parts.range(..=offsets.start()).next_back();
         if let Some(found) = before.and_then(|(_, part)| part.cut(offsets)) {
