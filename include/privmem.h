@@ -227,6 +227,11 @@ struct privmem_region_options {
    * Whether the shared store keeps pages when memory becomes private.
    */
   bool keep_shared;
+  /**
+   * Whether `privmem_vm_prefault` maps memory of this region. Not with the
+   * emulated agent.
+   */
+  bool prefault;
 };
 
 /**
@@ -635,6 +640,24 @@ int privmem_vm_convert(const struct privmem_vm *vm,
                        uint64_t size,
                        bool to_private,
                        uint64_t *done);
+
+/**
+ * Maps for the guest what it may reach of `size` bytes at guest-physical `gpa`,
+ * where the region was made with `prefault`, and takes pages for it; for memory
+ * that has just become private and will be used. One call for all of it costs
+ * less than the guest's faults, page by page. Does nothing where no region wants it.
+ *
+ * To be called on the thread of the vCPU whose fd is `vcpu_fd`. Ends at the first
+ * page that cannot be had, or when the vCPU is kicked: the guest's access takes
+ * what is left, so that the error may be ignored.
+ *
+ * Errors: -EINVAL for a range that is unaligned, empty or wraps; what
+ * KVM_PRE_FAULT_MEMORY returned, such as -EINTR or -ENOMEM.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `vcpu_fd` stays open until the call returns.
+ */
+int privmem_vm_prefault(const struct privmem_vm *vm, int vcpu_fd, uint64_t gpa, uint64_t size);
 
 /**
  * Answers KVM_EXIT_MEMORY_FAULT with EFAULT for `size` bytes at guest-physical

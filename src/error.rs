@@ -173,6 +173,12 @@ pub enum Error {
     #[error("this host has pages of {0} bytes; the library is made for pages of 4096 bytes")]
     HostPageSize(u64),
 
+    #[error(
+        "this kernel cannot map private memory before it is touched \
+         (KVM_CAP_PRE_FAULT_MEMORY): use Linux 6.11 or newer, or do without 'prefault'"
+    )]
+    CannotPrefault,
+
     #[error("internal error (panic): {0}")]
     Panic(String),
 }
@@ -219,9 +225,10 @@ impl Error {
             | Error::NoSuchFailure { .. }
             | Error::NoSuchListener => libc::ENOENT,
             Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
-            Error::NoPrivateMemory(_) | Error::HostPageSize(_) | Error::CannotLoad(_) => {
-                libc::EOPNOTSUPP
-            }
+            Error::NoPrivateMemory(_)
+            | Error::HostPageSize(_)
+            | Error::CannotLoad(_)
+            | Error::CannotPrefault => libc::EOPNOTSUPP,
             Error::NoMemoryForState { .. } => libc::ENOMEM,
             Error::CannotRelocate { .. } => libc::EOPNOTSUPP,
             Error::NotPrivate { .. } => libc::EINVAL,

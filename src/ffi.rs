@@ -279,6 +279,9 @@ pub struct privmem_region_options {
     pub keep_private: bool,
     /// Whether the shared store keeps pages when memory becomes private.
     pub keep_shared: bool,
+    /// Whether `privmem_vm_prefault` maps memory of this region. Not with the
+    /// emulated agent.
+    pub prefault: bool,
 }
 
 /// A request to convert memory that failed.
@@ -962,6 +965,36 @@ pub unsafe extern "C" fn privmem_vm_convert(
     })
 }
 
+/// Maps for the guest what it may reach of `size` bytes at guest-physical `gpa`,
+/// where the region was made with `prefault`, and takes pages for it; for memory
+/// that has just become private and will be used. One call for all of it costs
+/// less than the guest's faults, page by page. Does nothing where no region wants it.
+///
+/// To be called on the thread of the vCPU whose fd is `vcpu_fd`. Ends at the first
+/// page that cannot be had, or when the vCPU is kicked: the guest's access takes
+/// what is left, so that the error may be ignored.
+///
+/// Errors: -EINVAL for a range that is unaligned, empty or wraps; what
+/// KVM_PRE_FAULT_MEMORY returned, such as -EINTR or -ENOMEM.
+///
+/// # Safety
+/// `vm` is NULL or a live handle; `vcpu_fd` stays open until the call returns.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_prefault(
+    vm: *const privmem_vm,
+    vcpu_fd: c_int,
+    gpa: u64,
+    size: u64,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let vm = unsafe { borrow(vm, "vm") }?;
+        // SAFETY: stays open for as long as it is used, by contract.
+        let vcpu = unsafe { static_fd(vcpu_fd, "the vCPU fd") }?;
+        vm.0.prefault(vcpu, gpa, size)
+    })
+}
+
 /// Answers KVM_EXIT_MEMORY_FAULT with EFAULT for `size` bytes at guest-physical
 /// `gpa`, which the vCPU touched as private if `is_private`
 /// (KVM_MEMORY_EXIT_FLAG_PRIVATE): 0 if it may run on and try again.
@@ -1198,6 +1231,7 @@ unsafe fn region_options(options: *const privmem_region_options) -> Result<Optio
         keep_private: options.keep_private,
         keep_shared: options.keep_shared,
         huge_page: Some(options.huge_page_size).filter(|size| *size != 0),
+        prefault: options.prefault,
     })
 }
 

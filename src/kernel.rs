@@ -13,9 +13,10 @@ use std::panic::resume_unwind;
 use std::thread;
 
 use kvm_bindings::{
-    KVMIO, kvm_create_guest_memfd, kvm_memory_attributes, kvm_sev_cmd, kvm_sev_snp_launch_finish,
-    kvm_sev_snp_launch_start, kvm_sev_snp_launch_update, sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH,
-    sev_cmd_id_KVM_SEV_SNP_LAUNCH_START, sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE,
+    KVMIO, kvm_create_guest_memfd, kvm_memory_attributes, kvm_pre_fault_memory, kvm_sev_cmd,
+    kvm_sev_snp_launch_finish, kvm_sev_snp_launch_start, kvm_sev_snp_launch_update,
+    sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH, sev_cmd_id_KVM_SEV_SNP_LAUNCH_START,
+    sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE,
 };
 
 use crate::agent::{CommandError, CommandResult};
@@ -43,6 +44,11 @@ pub trait Kernel: Send + Sync {
     /// `KVM_SET_MEMORY_ATTRIBUTES` (api.rst, 4.141) for guest-physical `gpa`.
     /// The kernel changes all of the range or nothing.
     fn set_memory_attributes(&self, vm: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()>;
+
+    /// `KVM_PRE_FAULT_MEMORY` (api.rst, 4.143) on a vCPU's fd: maps for the guest
+    /// what it may reach of `gpa`, as far as one call goes, and takes pages for
+    /// it. Returns what is left.
+    fn pre_fault(&self, vcpu: BorrowedFd, gpa: Range) -> io::Result<Option<Range>>;
 
     /// memfd_create(2) and ftruncate(2), sealed against any other size; of huge
     /// pages (`MFD_HUGETLB`) where their size, a power of two, is given.
@@ -381,6 +387,7 @@ impl Linux {
 
 const KVM_CHECK_EXTENSION: libc::Ioctl = libc::_IO(KVMIO, 0x03);
 const KVM_SET_MEMORY_ATTRIBUTES: libc::Ioctl = libc::_IOW::<kvm_memory_attributes>(KVMIO, 0xd2);
+const KVM_PRE_FAULT_MEMORY: libc::Ioctl = libc::_IOWR::<kvm_pre_fault_memory>(KVMIO, 0xd5);
 const KVM_CREATE_GUEST_MEMFD: libc::Ioctl = libc::_IOWR::<kvm_create_guest_memfd>(KVMIO, 0xd4);
 
 /// Number of cachestat(2), the same on every architecture with 64-bit Rust;
@@ -541,6 +548,17 @@ impl Kernel for Linux {
         };
         // SAFETY: `arg` is the struct that this ioctl reads.
         result(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_MEMORY_ATTRIBUTES, &arg) }).map(drop)
+    }
+
+    fn pre_fault(&self, vcpu: BorrowedFd, gpa: Range) -> io::Result<Option<Range>> {
+        let mut arg = kvm_pre_fault_memory {
+            gpa: gpa.start(),
+            size: gpa.len(),
+            ..Default::default()
+        };
+        // SAFETY: `arg` is the struct that this ioctl reads and writes.
+        result(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_PRE_FAULT_MEMORY, &mut arg) })?;
+        Ok(Range::new(arg.gpa, arg.size).ok())
     }
 
     fn create_memfd(&self, name: &CStr, size: u64, huge_page: Option<u64>) -> io::Result<OwnedFd> {

@@ -2,18 +2,21 @@
 //! moved from side to side when a machine is loaded.
 
 use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
 use std::panic::resume_unwind;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+use kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY;
+
 use crate::error::{Error, Result};
 use crate::kernel::NumaPolicy;
 use crate::places::Part;
 use crate::range::{GRANULE, Range};
-use crate::region::Region;
+use crate::region::{Options, Region};
 use crate::state::{Side, StateMap};
-use crate::vm::Bindings;
+use crate::vm::{Bindings, Switch, Vm};
 
 /// include/uapi/linux/mempolicy.h, from Linux 5.15 on; not in the libc crate.
 const MPOL_PREFERRED_MANY: i32 = 5;
@@ -30,6 +33,49 @@ fn pieces(state: &StateMap, limit: u64) -> impl Iterator<Item = (Side, Range)> {
         let pieces = Range::from_granules(run.granules).pieces(limit);
         pieces.map(move |piece| (run.side, piece))
     })
+}
+
+impl Vm {
+    pub(crate) fn check_prefault(&self, options: Options) -> Result<()> {
+        let can = |vm| self.kernel.check_extension(vm, KVM_CAP_PRE_FAULT_MEMORY);
+        match self.switch {
+            _ if !options.prefault => Ok(()),
+            Switch::Kvm(vm) if can(vm).is_ok_and(|can| can > 0) => Ok(()),
+            Switch::Kvm(_) => Err(Error::CannotPrefault),
+            Switch::Mapping => Err(Error::InvalidArgument(
+                "with the emulated agent nothing is mapped beforehand: do without 'prefault'"
+                    .into(),
+            )),
+        }
+    }
+
+    /// Maps for the guest what it may reach of `size` bytes at `gpa`, where the
+    /// region is made so ([`Options::prefault`]), and takes pages for it. For
+    /// memory that has just become private and will be used: one call for all
+    /// of it costs less than the guest's faults, page by page.
+    ///
+    /// To be called on the thread of the vCPU whose fd is given. Ends at the
+    /// first page that cannot be had, or when the vCPU is kicked: the guest's
+    /// access takes what is left, so that the error may be ignored.
+    pub fn prefault(&self, vcpu: BorrowedFd, gpa: u64, size: u64) -> Result<()> {
+        let request = Range::new(gpa, size)?;
+        // Not locked meanwhile: memory slots may change.
+        let wanted: Vec<Range> = self
+            .bindings()
+            .values()
+            .filter(|binding| binding.region.options.prefault)
+            .filter_map(|binding| binding.gpa.intersection(&request))
+            .collect();
+        for mut left in wanted.into_iter().map(Some) {
+            while let Some(gpa) = left {
+                left = self
+                    .kernel
+                    .pre_fault(vcpu, gpa)
+                    .map_err(|e| Error::kernel("KVM_PRE_FAULT_MEMORY", e))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Region {

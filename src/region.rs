@@ -29,6 +29,9 @@ pub struct Options {
     /// Bytes of a huge page (hugetlbfs) of the shared store; a huge page is
     /// given back once all of it is private.
     pub huge_page: Option<u64>,
+    /// Whether what has become private is mapped for the guest before it is
+    /// touched, see [`Vm::prefault`].
+    pub prefault: bool,
 }
 
 impl Default for Options {
@@ -38,6 +41,7 @@ impl Default for Options {
             keep_private: false,
             keep_shared: false,
             huge_page: None,
+            prefault: false,
         }
     }
 }
@@ -131,6 +135,7 @@ impl Region {
             other => other,
         })?;
         check_huge_page(options, size, vm)?;
+        vm.check_prefault(options)?;
         let kernel = &vm.kernel;
         let shared = Store::memfd(kernel, &format!("{name}-shared"), size, options.huge_page)?;
         let private = match vm.switch {

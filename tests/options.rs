@@ -4,7 +4,7 @@
 mod common;
 
 use std::num::NonZeroUsize;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use Side::{Private, Shared};
@@ -237,4 +237,57 @@ fn kvm_gives_no_private_contents_out() {
     let setup = setup(Options::default());
     let error = setup.region.load_state(&[0; 2]).unwrap_err();
     assert_eq!(error.errno(), libc::EOPNOTSUPP);
+}
+
+fn prefaulted() -> Options {
+    Options {
+        prefault: true,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn what_has_become_private_is_there_before_it_is_touched_where_that_is_wanted() {
+    for (options, held) in [(prefaulted(), &[2, 3, 4][..]), (Options::default(), &[])] {
+        let setup = setup(options);
+        setup.convert(2, 3, Private).unwrap();
+        // The fd is only a number to the model.
+        let vcpu = std::io::stdin();
+        setup
+            .vm
+            .prefault(vcpu.as_fd(), 2 * GRANULE, 3 * GRANULE)
+            .unwrap();
+        assert_eq!(setup.held(Private), held);
+        assert_eq!(setup.held(Shared), []);
+    }
+}
+
+#[test]
+fn prefaulting_ends_where_the_kernel_does() {
+    let setup = setup(prefaulted());
+    setup.convert(0, 8, Private).unwrap();
+    setup.kernel.set_fail(Fail::Once(5, libc::EINTR));
+    let vcpu = std::io::stdin();
+    let error = setup.vm.prefault(vcpu.as_fd(), 0, 8 * GRANULE).unwrap_err();
+    assert_eq!(error.errno(), libc::EINTR);
+    assert_eq!(setup.held(Private), [0, 1, 2, 3, 4]);
+    setup
+        .vm
+        .prefault(vcpu.as_fd(), 1, GRANULE)
+        .expect_err("granules only");
+}
+
+#[test]
+fn who_cannot_prefault_says_so() {
+    let mut kernel = Arc::into_inner(Model::new()).unwrap();
+    kernel.pre_fault = 0;
+    let kernel = Arc::new(kernel);
+    let refused = |vm: &Arc<Vm>| Region::with_options(vm, "r", GRANULE, prefaulted()).err();
+    let error = refused(&kernel.vm()).unwrap();
+    assert_eq!(error.errno(), libc::EOPNOTSUPP);
+    assert!(error.to_string().contains("Linux 6.11"), "{error}");
+    assert!(matches!(
+        refused(&Vm::emulated().unwrap()),
+        Some(Error::InvalidArgument(_))
+    ));
 }

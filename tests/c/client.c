@@ -512,10 +512,15 @@ static void regions_have_options(void)
     options.huge_page_size = 3 * PAGE;
     CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == -EINVAL);
     options.huge_page_size = 0;
+    options.prefault = true;
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == -EINVAL);
+    options.prefault = false;
     CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == 0);
     CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
     CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
     CHECK(info.private_bytes == PAGES * PAGE);
+    CHECK(privmem_vm_prefault(vm, -1, 0, PAGE) == -EINVAL);
+    CHECK(privmem_vm_prefault(vm, 0, 0, PAGE) == 0);
 
     CHECK(privmem_region_preallocate(region, 0) == -EINVAL);
     CHECK(privmem_region_preallocate(region, 3) == 0);

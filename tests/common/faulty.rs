@@ -57,6 +57,10 @@ impl Kernel for Faulty {
         Linux.set_memory_attributes(vm, gpa, attributes)
     }
 
+    fn pre_fault(&self, vcpu: BorrowedFd, gpa: Range) -> io::Result<Option<Range>> {
+        Linux.pre_fault(vcpu, gpa)
+    }
+
     fn create_memfd(&self, name: &CStr, size: u64, huge_page: Option<u64>) -> io::Result<OwnedFd> {
         self.call("create_memfd")?;
         Linux.create_memfd(name, size, huge_page)

@@ -93,6 +93,7 @@ pub struct Model {
     broken: Mutex<Vec<String>>,
     pub attributes: u32,
     pub guest_memfd: u32,
+    pub pre_fault: u32,
     /// The NUMA policy of the one thread that there is.
     pub policy: Mutex<NumaPolicy>,
 }
@@ -168,6 +169,7 @@ impl Model {
             broken: Mutex::default(),
             attributes: 8,
             guest_memfd: 1,
+            pre_fault: 1,
             policy: Mutex::default(),
         })
     }
@@ -402,6 +404,7 @@ impl Kernel for Model {
             kvm_bindings::KVM_CAP_MEMORY_ATTRIBUTES => self.attributes,
             kvm_bindings::KVM_CAP_GUEST_MEMFD => self.guest_memfd,
             kvm_bindings::KVM_CAP_USER_MEMORY2 => 1,
+            kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY => self.pre_fault,
             kvm_bindings::KVM_CAP_VM_TYPES => 0b11,
             _ => 0,
         })
@@ -436,6 +439,16 @@ impl Kernel for Model {
         let mut busy = self.busy.lock().unwrap();
         busy.retain(|granule| !granules(gpa).contains(granule));
         result
+    }
+
+    /// One granule a call.
+    fn pre_fault(&self, _: BorrowedFd, gpa: Range) -> io::Result<Option<Range>> {
+        self.call()?;
+        let place = self.place(gpa.start() / GRANULE);
+        let mut pages = self.pages.lock().unwrap();
+        let fd = pages.reachable(&place);
+        pages.page(fd, place.granule);
+        Ok(Range::new(gpa.start() + GRANULE, gpa.len() - GRANULE).ok())
     }
 
     fn create_memfd(&self, name: &CStr, _: u64, _: Option<u64>) -> io::Result<OwnedFd> {

@@ -39,6 +39,7 @@ struct HostMemoryBackendPrivate {
     PrivateMemoryDiscard discard;
     bool hugetlb;
     uint64_t hugetlbsize;
+    bool prefault;
 
     struct privmem_region *region;
     Error *migration_blocker;
@@ -315,6 +316,7 @@ static bool private_backend_new_region(HostMemoryBackendPrivate *m,
                         m->discard == PRIVATE_MEMORY_DISCARD_NONE,
         .keep_shared = m->discard == PRIVATE_MEMORY_DISCARD_PRIVATE ||
                        m->discard == PRIVATE_MEMORY_DISCARD_NONE,
+        .prefault = m->prefault,
     };
 
     if (!private_backend_huge_page(m, &options.huge_page_size, errp)) {
@@ -326,6 +328,9 @@ static bool private_backend_new_region(HostMemoryBackendPrivate *m,
         error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s' (property 'size' "
                    "is %" PRIu64 "): %s", id, size, privmem_last_error());
         return false;
+    }
+    if (m->prefault) {
+        private_memory_use_prefault();
     }
     return true;
 }
@@ -660,6 +665,18 @@ static void private_backend_set_hugetlbsize(Object *o, Visitor *v,
     }
 }
 
+static bool private_backend_get_prefault(Object *o, Error **errp)
+{
+    return MEMORY_BACKEND_PRIVATE(o)->prefault;
+}
+
+static void private_backend_set_prefault(Object *o, bool value, Error **errp)
+{
+    if (can_set(o, "prefault", errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->prefault = value;
+    }
+}
+
 static void private_backend_instance_init(Object *obj)
 {
     MEMORY_BACKEND(obj)->share = true;
@@ -739,6 +756,12 @@ static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
                               private_backend_set_hugetlbsize, NULL, NULL);
     object_class_property_set_description(oc, "hugetlbsize",
         "Huge page size (default: the host's)");
+    object_class_property_add_bool(oc, "prefault",
+                                   private_backend_get_prefault,
+                                   private_backend_set_prefault);
+    object_class_property_set_description(oc, "prefault",
+        "Map memory as soon as the guest has made it private, before it is "
+        "touched");
 }
 
 static const TypeInfo private_backend_info = {

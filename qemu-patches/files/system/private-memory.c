@@ -29,6 +29,8 @@ static struct privmem_vm *privmem_vm;
 static PrivateMemoryAgent agent = PRIVATE_MEMORY_AGENT_SW_PROTECTED;
 static int kvm_vm_fd = -1;
 static int sev_device_fd = -1;
+/* For good, once a backend wants it. */
+static bool prefault;
 
 PrivateMemoryStats private_memory_stats;
 
@@ -301,6 +303,11 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     return ret;
 }
 
+void private_memory_use_prefault(void)
+{
+    qatomic_set(&prefault, true);
+}
+
 uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
                                   bool to_private)
 {
@@ -315,6 +322,12 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
     if (ret && ret != -EINVAL) {
         /* Not the guest's fault; but a guest must not fill the log. */
         warn_report_once("%s", error_get_pretty(err));
+    }
+    if (!ret && to_private && qatomic_read(&prefault)) {
+        /* What cannot be had now is taken when the guest touches it. */
+        ret = privmem_vm_prefault(privmem_vm, current_cpu->kvm_fd, gpa, size);
+        trace_private_memory_prefault(gpa, size, ret);
+        return 0;
     }
     return ret;
 }

@@ -424,6 +424,8 @@ static void test_bad_objects(void)
                  NULL);
     assert_error(add(qts, "'emulate': true, 'size': 4096, 'discard': 'all'"),
                  "'discard'", "'all'", NULL);
+    assert_error(add(qts, "'emulate': true, 'size': 4096, 'prefault': true"),
+                 "'m'", "emulated agent", "'prefault'", NULL);
     assert_error(add(qts, "'emulate': true, 'size': 4194304, 'hugetlb': true, "
                      "'hugetlbsize': 2097152"), "'m'", "emulated agent",
                  "huge pages", NULL);

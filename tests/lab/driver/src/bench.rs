@@ -135,6 +135,7 @@ fn steps(lab: &Lab, between_calls: u64) -> Result<()> {
     let mut all = [
         Vmm::ours(lab, SMALL)?,
         Vmm::with_listener(lab, SMALL)?,
+        Vmm::prefaulting(lab, SMALL)?,
         Vmm::qemu(lab, SMALL)?,
         Vmm::bare(SMALL, false)?,
         Vmm::bare(SMALL, true)?,
@@ -222,6 +223,10 @@ impl Vmm {
     fn with_listener(lab: &Lab, ram: u64) -> Result<Vmm> {
         let listener = "-device private-memory-testdev,id=l,memdev=ram0";
         Vmm::start(lab, "listener", ram, "", "private", listener)
+    }
+
+    fn prefaulting(lab: &Lab, ram: u64) -> Result<Vmm> {
+        Vmm::start(lab, "prefault", ram, "", "private,prefault=on", "")
     }
 
     fn qemu(lab: &Lab, ram: u64) -> Result<Vmm> {

@@ -21,6 +21,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("host-nodes-that-are-not-there", host_nodes_missing),
         Scenario::new("hugetlb", hugetlb),
         Scenario::new("balloon", balloon),
+        Scenario::new("prefault", prefault),
     ]
 }
 
@@ -69,6 +70,23 @@ fn initial_state_private(lab: &Lab) -> Result<()> {
             })?;
         }
     }
+    machine.finish()
+}
+
+/// What the guest has made private is there before it is touched; what it shares is not.
+fn prefault(lab: &Lab) -> Result<()> {
+    let mut machine = ram0(lab, "prefault=on")?;
+    same_held(&machine.region("ram0")?, 0)?;
+    machine.convert(BASE, 600, Private)?;
+    same_held(&machine.region("ram0")?, 600 * PAGE)?;
+    machine.check_zero(BASE, 600)?;
+    machine.fill(BASE, 600, 7)?;
+    machine.check(BASE, 600, 7)?;
+    let shared = machine.region("ram0")?.shared_held;
+    machine.convert(BASE, 600, Shared)?;
+    let info = machine.region("ram0")?;
+    same_held(&info, 0)?;
+    same("held by the shared store", info.shared_held, shared)?;
     machine.finish()
 }
 
