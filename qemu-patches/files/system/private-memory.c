@@ -309,7 +309,7 @@ void private_memory_use_prefault(void)
     qatomic_set(&prefault, true);
 }
 
-uint64_t private_memory_hypercall(CPUState *cpu, uint64_t gpa, uint64_t pages,
+uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
                                   bool to_private)
 {
     g_autoptr(Error) err = NULL;
@@ -326,7 +326,7 @@ uint64_t private_memory_hypercall(CPUState *cpu, uint64_t gpa, uint64_t pages,
     }
     if (!ret && to_private && qatomic_read(&prefault)) {
         /* What cannot be had now is taken when the guest touches it. */
-        ret = privmem_vm_prefault(privmem_vm, cpu->kvm_fd, gpa, size);
+        ret = privmem_vm_prefault(privmem_vm, current_cpu->kvm_fd, gpa, size);
         trace_private_memory_prefault(gpa, size, ret);
         return 0;
     }
