@@ -29,6 +29,7 @@ const DOCUMENTS: &[&str] = &[
     README,
     "qemu-patches/README.md",
     "tests/lab/README.md",
+    "benches/README.md",
     PAGE,
 ];
 

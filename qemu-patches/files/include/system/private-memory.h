@@ -218,7 +218,7 @@ bool private_memory_finalize(const void *snp_finish, size_t finish_size,
  * KVM_HC_MAP_GPA_RANGE, on the vCPU's thread: arguments as the guest gave them.
  * Returns what the guest finds in its register: 0 or a negative errno.
  */
-uint64_t private_memory_hypercall(CPUState *cpu, uint64_t gpa, uint64_t pages,
+uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
                                   bool to_private);
 
 /* Memory of some backend is mapped as soon as the guest has made it private. */
