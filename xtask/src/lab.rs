@@ -1,8 +1,8 @@
 //! The lab: a machine with real private memory, emulated where the host has
 //! none. What goes into it, how it is started, and what it says.
 //!
-//! The outer machine is the patched QEMU itself, the system in it an initramfs
-//! with the driver as first process. Files that make it up are kept by content.
+//! The outer machine is QEMU, the system in it an initramfs with the driver as
+//! first process. Files that make it up are kept by content.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -54,6 +54,14 @@ const GUESTS: &[(&str, &[&str])] = &[
     ("guest.bin", &[]),
     ("guest-private.bin", &["-DSTART_PRIVATE"]),
 ];
+
+/// The outer machine's CPUs where the host's KVM can nest ...
+const NESTED: &[&str] = &["-accel", "kvm", "-cpu", "host", "-smp", "2"];
+
+/// ... and where not. With two emulated CPUs about one run of all tests in ten
+/// ends with a crash of the outer kernel, or of an inner guest, that never came
+/// with one.
+const EMULATED: &[&str] = &["-accel", "tcg", "-cpu", "max,+svm", "-smp", "1"];
 
 /// Images of a line that were not used for so long are removed.
 const KEEP_IMAGES: Duration = Duration::from_secs(24 * 60 * 60);
@@ -132,14 +140,18 @@ impl Lab {
         let build = qemu::build_any(cx, line, &[qemu::SYSTEM], &[])?;
         let kernel = kernel::build(cx)?;
         let firmware = firmware(cx, &build)?;
-        let image = image(cx, &build, &kernel, &firmware)?;
+        let (accelerator, outer) = match nests(&kernel)? {
+            true => (NESTED, build.system()),
+            false => (EMULATED, qemu::build_outer(cx)?.system()),
+        };
+        let image = image(cx, &build, &outer, &kernel, &firmware)?;
         Ok(Self {
             line: build.line,
             qemu: image.join(qemu::SYSTEM),
             initramfs: image.join("initramfs"),
             vmlinux: image.join("vmlinux"),
             firmware,
-            accelerator: accelerator(&kernel)?,
+            accelerator,
             _changed: None,
         })
     }
@@ -283,21 +295,15 @@ fn lines_of(reader: PipeReader) -> Receiver<String> {
     receive
 }
 
-/// KVM where the host can nest what the lab's kernel can use; an emulated AMD
-/// CPU otherwise.
-fn accelerator(kernel: &Kernel) -> Result<&'static [&'static str]> {
+/// Whether the host can nest what the lab's kernel can use.
+fn nests(kernel: &Kernel) -> Result<bool> {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let nests = match virtualization(&cpu) {
         Some("svm") => kernel.has("KVM_AMD")?,
         Some("vmx") => kernel.has("KVM_INTEL")?,
         _ => false,
     };
-    if nests && kvm_ioctls::Kvm::new().is_ok_and(|kvm| kvm.create_vm().is_ok()) {
-        return Ok(&["-accel", "kvm", "-cpu", "host", "-smp", "2"]);
-    }
-    // With two emulated CPUs about one run of all tests in ten ends with a
-    // crash of the outer kernel, or of an inner guest, that never came with one.
-    Ok(&["-accel", "tcg", "-cpu", "max,+svm", "-smp", "1"])
+    Ok(nests && kvm_ioctls::Kvm::new().is_ok_and(|kvm| kvm.create_vm().is_ok()))
 }
 
 fn virtualization(cpuinfo: &str) -> Option<&str> {
@@ -353,7 +359,13 @@ enum Content {
 }
 
 /// Packs all that a lab is made of; the folder is named after what went in.
-fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Result<PathBuf> {
+fn image(
+    cx: &Context,
+    build: &Build,
+    outer: &Path,
+    kernel: &Kernel,
+    firmware: &Path,
+) -> Result<PathBuf> {
     let driver = library::driver(cx)?;
     let mut guest = Files::new();
     add_program(&mut guest, "/init", &driver)?;
@@ -383,21 +395,21 @@ fn image(cx: &Context, build: &Build, kernel: &Kernel, firmware: &Path) -> Resul
     cache::write_if_changed(&documented, docs::for_the_lab(&cx.root)?)?;
     add(&mut host, "/docs/commands.json", &documented);
 
-    let key = key(&[&host, &guest])?;
+    let key = key(&[&host, &guest], outer)?;
     let dir = cx.cache.path(format!("lab/{}-{}", build.line, &key[..16]));
     if !dir.exists() {
-        run::work("pack the lab", || pack(&dir, host, &guest, build, kernel))?;
+        run::work("pack the lab", || pack(&dir, host, &guest, outer, kernel))?;
         remove_unused(&dir)?;
     }
     Ok(dir)
 }
 
-fn pack(dir: &Path, mut host: Files, guest: &Files, build: &Build, kernel: &Kernel) -> Result<()> {
+fn pack(dir: &Path, mut host: Files, guest: &Files, outer: &Path, kernel: &Kernel) -> Result<()> {
     let parent = dir.parent().context("an image lies in a folder")?;
     fs::create_dir_all(parent)?;
     let aside = tempfile::tempdir_in(parent)?;
     let file = |name: &str| aside.path().join(name);
-    strip(&build.system(), &file(qemu::SYSTEM))?;
+    strip(outer, &file(qemu::SYSTEM))?;
     strip(&kernel.vmlinux, &file("vmlinux"))?;
     let mut initrd = GzEncoder::new(File::create(file("initrd.gz"))?, Compression::fast());
     initrd.write_all(&archive(guest)?)?;
@@ -460,8 +472,9 @@ fn own_guest(cx: &Context, name: &str, flags: &[&str]) -> Result<PathBuf> {
     Ok(guest)
 }
 
-fn key(images: &[&Files]) -> Result<String> {
+fn key(images: &[&Files], outer: &Path) -> Result<String> {
     let mut stamp = Stamp::default();
+    stamp.file(outer)?;
     for (place, content) in images.iter().copied().flatten() {
         stamp.text(place.as_os_str().as_encoded_bytes());
         match content {

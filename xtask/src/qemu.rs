@@ -58,6 +58,19 @@ const FIRMWARE: &[(&str, &[&str])] = &[
 /// Where a build looks for it.
 const DATA: &str = "qemu-bundle/usr/local/share/qemu";
 
+/// What emulates the lab's outer machine: TCG and the few devices that it has.
+const OUTER: &[&str] = &[
+    "--target-list=x86_64-softmmu",
+    "--without-default-features",
+    "--without-default-devices",
+    "--with-devices-x86_64=privmem-lab",
+    "--enable-tcg",
+    "--disable-fdt",
+    "--disable-docs",
+    "--disable-install-blobs",
+    "--disable-debug-info",
+];
+
 /// A QEMU line that there are patches for, newest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Line {
@@ -117,12 +130,14 @@ pub enum Kind<'a> {
     Unpatched,
     /// With so many of the patches, and the option on.
     First(usize),
+    /// With those of the lab's outer machine, and none of the line's.
+    Outer,
 }
 
 impl Kind<'_> {
     fn of(self, series: &[Step]) -> &[Step] {
         match self {
-            Self::Patched(_) | Self::Off => series,
+            Self::Patched(_) | Self::Off | Self::Outer => series,
             Self::Unpatched => &[],
             Self::First(patches) => &series[..patches.min(series.len())],
         }
@@ -134,6 +149,7 @@ impl Kind<'_> {
             Self::Patched(_) | Self::Off => "",
             Self::Unpatched => "unpatched",
             Self::First(_) => "series",
+            Self::Outer => "outer",
         }
     }
 
@@ -148,12 +164,26 @@ impl Kind<'_> {
         }
     }
 
-    /// What configure is told beside what it is told of every tree.
+    fn series(self, cx: &Context, line: Line) -> Result<Vec<Step>> {
+        match self {
+            Self::Outer => lab_series(cx),
+            _ => series(cx, line),
+        }
+    }
+
+    fn configure(self) -> &'static [&'static str] {
+        match self {
+            Self::Outer => OUTER,
+            _ => CONFIGURE,
+        }
+    }
+
+    /// What configure is told beside that.
     fn options(self) -> &'static [&'static str] {
         match self {
             Self::Patched(_) => &["-Dprivate_memory=enabled"],
             Self::Off => &["-Dprivate_memory=disabled"],
-            Self::Unpatched => &[],
+            Self::Unpatched | Self::Outer => &[],
             // Nobody runs what is built of a part of the series.
             Self::First(_) => &[
                 "-Dprivate_memory=enabled",
@@ -254,11 +284,20 @@ pub fn build_any(
     targets: &[&str],
     extra: &[String],
 ) -> Result<Build> {
-    if let Some(line) = line {
-        return build(cx, line, targets, extra);
+    match line {
+        Some(line) => build(cx, line, targets, extra),
+        None => newest(|line| build(cx, line, targets, extra)),
     }
+}
+
+/// Builds what emulates the lab's outer machine. Whichever line is tested in it, it is the newest.
+pub fn build_outer(cx: &Context) -> Result<Build> {
+    newest(|line| build_kind(cx, line, Kind::Outer, &[SYSTEM]))
+}
+
+fn newest(build: impl Fn(Line) -> Result<Build>) -> Result<Build> {
     for line in Line::ALL {
-        match build(cx, line, targets, extra) {
+        match build(line) {
             Err(error) if error.is::<NoSource>() => eprintln!("  not QEMU {line}: {error:#}"),
             result => return result,
         }
@@ -281,7 +320,7 @@ pub fn build_kind(cx: &Context, line: Line, kind: Kind, targets: &[&str]) -> Res
 fn build_tree(cx: &Context, line: Line, tree: Tree, kind: Kind, targets: &[&str]) -> Result<Build> {
     let work = Work::new(tree, kind);
     let privmem = library::install(cx)?;
-    let overlay = Overlay::new(&work.pristine, kind.of(&series(cx, line)?))
+    let overlay = Overlay::new(&work.pristine, kind.of(&kind.series(cx, line)?))
         .with_context(|| format!("patching QEMU {}", work.version))?;
     let stamp = work.make(cx, targets, &overlay, &privmem)?;
     Ok(Build {
@@ -296,6 +335,12 @@ fn build_tree(cx: &Context, line: Line, tree: Tree, kind: Kind, targets: &[&str]
 pub fn series(cx: &Context, line: Line) -> Result<Vec<Step>> {
     let patches = cx.root.join("qemu-patches");
     tree::series(&patches.join(line.name()), &patches.join("files"))
+}
+
+/// The patches of the lab's outer machine, which are the same for every line.
+pub fn lab_series(cx: &Context) -> Result<Vec<Step>> {
+    let patches = cx.root.join("qemu-patches/lab");
+    tree::series(&patches, &patches.join("files"))
 }
 
 /// The source of a line as it was fetched; only to be read.
@@ -364,7 +409,8 @@ impl Work {
     fn new(tree: Tree, kind: Kind) -> Self {
         // A git tree may need to fetch subprojects, a distribution's source does not.
         let download = (!tree.users).then_some("--disable-download");
-        let arguments = CONFIGURE
+        let arguments = kind
+            .configure()
             .iter()
             .chain(kind.options())
             .copied()
@@ -383,7 +429,7 @@ impl Work {
                 Kind::First(patches) => format!("-{patches}"),
                 _ => String::new(),
             },
-            with_library: !matches!(kind, Kind::Unpatched),
+            with_library: !matches!(kind, Kind::Unpatched | Kind::Outer),
         }
     }
 

@@ -21,6 +21,8 @@
  *   shadow                               run from a copy of the ROM in RAM    -> ok
  *   pam REGISTER VALUE                   q35: what 768 KiB to 1 MiB leads to  -> ok
  *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
+ *   run-copy ADDR STEP                   copy ROM and data to 258 pages at
+ *                                        ADDR, take a step here and there     -> ok | bad ...
  *   inflate ADDR PAGES                   gives pages to the virtio balloon    -> ok
  *   report ADDR PAGES                    reports them to it as free           -> ok
  *   pingpong ADDR STRIDE PLACES PAGES [touch]
@@ -75,6 +77,14 @@ static inline void outw(u16 port, u16 value)
 	asm volatile("outw %0, %1" : : "a"(value), "Nd"(port));
 }
 
+static inline u32 inl(u16 port)
+{
+	u32 value;
+
+	asm volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
 static inline u16 inw(u16 port)
 {
 	u16 value;
@@ -107,6 +117,13 @@ static void leave(u8 status)
 	outb(DEBUG_EXIT, status);
 	for (;;)
 		asm volatile("cli; hlt");
+}
+
+static bool same(const char *a, const char *b)
+{
+	while (*a && *a == *b)
+		a++, b++;
+	return *a == *b;
 }
 
 /* gcc calls this even for freestanding code. */
@@ -1003,6 +1020,170 @@ static void remap(u64 base, u64 pages, u64 count, u64 seed)
 	churn_report("remap", &churns[0], &churns[1]);
 }
 
+/* ---- what KVM intercepts, from a copy of our code ---- */
+
+enum {
+	LOW_MEMORY = 0x100000,		/* our data and the ROM lie below */
+	SCRATCH = COM1 + 7,
+	MTRR_PHYSBASE0 = 0x200,
+	CR4_DE = 1 << 3,
+	LAPIC_VERSION = 0xfee00030,
+	LAPIC_LOGICAL = 0xfee000d0,
+	HPET_ID = 0xfed00000,
+	HPET_COUNTER = 0xfed000f0,	/* stands still until it is enabled */
+};
+
+extern char __bss_start[], __bss_end[];
+
+/* Two pages after the copy: code across their border, or data. */
+static u64 spare_pages;
+
+static u32 read_32(u64 addr)
+{
+	return *(volatile u32 *)addr;
+}
+
+static void write_32(u64 addr, u32 value)
+{
+	*(volatile u32 *)addr = value;
+}
+
+static u64 step_cpuid(u64 salt)
+{
+	u32 vendor[4], hypervisor[4];
+
+	(void)salt;
+	cpuid(0, vendor);
+	cpuid(0x40000000, hypervisor);
+	return ((u64)vendor[1] << 32 | vendor[2]) ^ ((u64)hypervisor[1] << 8 | hypervisor[3]);
+}
+
+static u64 step_rdmsr(u64 salt)
+{
+	(void)salt;
+	return rdmsr(0x1b);		/* IA32_APIC_BASE */
+}
+
+static u64 step_wrmsr(u64 salt)
+{
+	wrmsr(MTRR_PHYSBASE0, salt << 12 | 6);
+	return rdmsr(MTRR_PHYSBASE0) ^ salt << 12;
+}
+
+static u64 step_pio(u64 salt)
+{
+	outb(SCRATCH, salt);
+	outl(PCI_ADDRESS, 0x80000000);
+	return (u64)inl(PCI_DATA) << 8 | (inb(SCRATCH) ^ salt);
+}
+
+/* What was written before is gone, and what is written then is there. */
+static u64 step_hypercall(u64 salt)
+{
+	volatile u64 *page = (u64 *)(spare_pages + PAGE);
+	u64 failed, kept;
+
+	failed = convert((u64)page, 1, false) != 0;
+	*page = salt;
+	failed += convert((u64)page, 1, true) != 0;
+	kept = *page;
+	*page = salt;
+	return failed << 32 | kept << 16 | (*page ^ salt);
+}
+
+static u64 step_lapic(u64 salt)
+{
+	write_32(LAPIC_LOGICAL, salt << 24);
+	return (u64)read_32(LAPIC_VERSION) << 32 | (read_32(LAPIC_LOGICAL) ^ salt << 24);
+}
+
+static u64 step_hpet(u64 salt)
+{
+	write_32(HPET_COUNTER, salt);
+	asm volatile("orl $0x100, (%0)" : : "r"((u64)HPET_COUNTER) : "memory");
+	return (u64)read_32(HPET_ID) << 32 | (read_32(HPET_COUNTER) ^ salt);
+}
+
+static u64 step_across_pages(u64 salt)
+{
+	u8 *code = (u8 *)(spare_pages + PAGE - 1);
+	u32 (*volatile read)(u64 addr) = (u32 (*)(u64))code;
+
+	code[0] = 0x8b;			/* mov (%rdi), %eax */
+	code[1] = 0x07;
+	code[2] = 0xc3;			/* ret */
+	write_32(HPET_COUNTER, salt);
+	return read(HPET_COUNTER) ^ salt;
+}
+
+static u64 step_cr4(u64 salt)
+{
+	u64 before, changed;
+
+	(void)salt;
+	asm volatile("mov %%cr4, %0\n\t"
+		     "mov %0, %%r9\n\t"
+		     "xor %2, %%r9\n\t"
+		     "mov %%r9, %%cr4\n\t"
+		     "mov %%cr4, %1\n\t"
+		     "mov %0, %%cr4"
+		     : "=&r"(before), "=&r"(changed) : "i"(CR4_DE) : "r9", "memory");
+	return before ^ changed;
+}
+
+static u64 step_dr(u64 salt)
+{
+	u64 found;
+
+	asm volatile("mov %1, %%r10\n\t"
+		     "mov %%r10, %%dr3\n\t"
+		     "mov %%dr3, %0" : "=r"(found) : "r"(salt) : "r10");
+	return found ^ salt;
+}
+
+static const struct {
+	const char *name;
+	u64 (*run)(u64 salt);
+} steps[] = {
+	{ "cpuid", step_cpuid }, { "rdmsr", step_rdmsr }, { "wrmsr", step_wrmsr }, { "pio", step_pio },
+	{ "hypercall", step_hypercall }, { "lapic", step_lapic }, { "hpet", step_hpet },
+	{ "across-pages", step_across_pages }, { "cr4", step_cr4 }, { "dr", step_dr },
+};
+
+static void copy(u64 to, u64 from, u64 n)
+{
+	asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
+}
+
+/*
+ * Code has the same effect wherever it lies. It finds its data at a distance
+ * from itself, so that comes along. Each run has another salt, so that what one
+ * leaves behind does not pass for the other's.
+ */
+static bool run_copy(u64 addr, const char *name)
+{
+	for (size_t i = 0; i < sizeof(steps) / sizeof(steps[0]); i++) {
+		u64 (*volatile there)(u64) = (u64 (*)(u64))((u64)steps[i].run + addr);
+		u64 found, expected;
+
+		if (!same(steps[i].name, name))
+			continue;
+		spare_pages = addr + LOW_MEMORY;
+		copy(addr + (u64)__bss_start, (u64)__bss_start, __bss_end - __bss_start);
+		copy(addr + ROM_BASE, ROM_BASE, ROM_SIZE);
+		expected = steps[i].run(0x5a);
+		found = there(0x25);
+		put(found == expected ? "ok" : "bad");
+		if (found != expected) {
+			put_hex_field("expected", expected);
+			put_hex_field("found", found);
+		}
+		put("\n");
+		return true;
+	}
+	return false;
+}
+
 /* ---- a legacy virtio balloon in slot 4, the simplest of its kind ---- */
 
 enum {
@@ -1092,13 +1273,6 @@ static void eject(u32 slot)
 }
 
 /* ---- commands ---- */
-
-static bool same(const char *a, const char *b)
-{
-	while (*a && *a == *b)
-		a++, b++;
-	return *a == *b;
-}
 
 static u64 number(const char *s)
 {
@@ -1198,6 +1372,8 @@ static bool obey(char *word[], int n)
 	} else if ((n == 5 || (n == 6 && same(word[5], "touch"))) && same(word[0], "pingpong") &&
 		   a[2] && a[2] <= MAX_PLACES) {
 		pingpong(a[0], a[1], a[2], a[3], n == 6);
+	} else if (n == 3 && same(word[0], "run-copy")) {
+		return run_copy(a[0], word[2]);
 	} else if (n == 1 && same(word[0], "machine-checks")) {
 		turn_machine_checks_on();
 		put("ok\n");

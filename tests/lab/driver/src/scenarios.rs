@@ -95,6 +95,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("dump-leaves-private-out", dump_leaves_private_out),
         Scenario::new("listener-refuses", listener_refuses),
         Scenario::new("hmp-info", hmp_info),
+        Scenario::new("code-in-private-memory", code_in_private_memory),
         Scenario::new("two-objects-numa", two_objects_numa),
         Scenario::new("across-the-pci-hole", across_the_pci_hole),
         Scenario::new("two-vcpus-apart", two_vcpus_apart),
@@ -283,6 +284,33 @@ fn operator_converts(lab: &Lab) -> Result<()> {
     same("conversions", info.conversions, 2)?;
     same("failed-conversions", info.failed_conversions, 0)?;
     same_held(&info, 0)?;
+    machine.finish()
+}
+
+/// KVM handles what it intercepts of code that it cannot read: it takes from the CPU where the next
+/// instruction is, and which bytes an access to a device has.
+fn code_in_private_memory(lab: &Lab) -> Result<()> {
+    const PAGES: u64 = 258;
+    const STEPS: &[&str] = &[
+        "cpuid",
+        "rdmsr",
+        "wrmsr",
+        "pio",
+        "hypercall",
+        "lapic",
+        "hpet",
+        "across-pages",
+        "cr4",
+        "dr",
+    ];
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.convert(BASE, PAGES, Private)?;
+    for step in STEPS {
+        machine
+            .ask_ok(&format!("run-copy {BASE:#x} {step}"))
+            .with_context(|| format!("the step {step}"))?;
+        same("private", machine.region("ram0")?.private, PAGES * PAGE)?;
+    }
     machine.finish()
 }
 
