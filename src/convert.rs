@@ -433,18 +433,20 @@ impl<'s, 'a> Step<'s, 'a> {
 
     /// Calls `phase` with each piece and its number, until it fails.
     fn try_each(&self, mut phase: impl FnMut(usize, Segment<'a>) -> Result<()>) -> Result<()> {
-        if let (1, Some(first)) = (self.pieces, self.first) {
-            return phase(0, first);
+        match (self.pieces, self.first) {
+            (_, None) => return Ok(()),
+            (1, Some(only)) => return phase(0, only),
+            _ => {}
         }
         let mut number = 0;
         let done = self.segments.iter().try_for_each(|segment| {
             segment.try_each_change(self.to, |change| {
-                if number == self.pieces {
-                    return Err(None);
-                }
                 phase(number, change).map_err(Some)?;
                 number += 1;
-                Ok(())
+                match number == self.pieces {
+                    true => Err(None),
+                    false => Ok(()),
+                }
             })
         });
         match done {

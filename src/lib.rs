@@ -27,7 +27,7 @@
 //!
 //! Lock order, outermost first: bindings of the VM ([`vm`]), range lock of a
 //! region ([`region`], regions in order of their serial number, then by
-//! offset), where contents lie (`places`; held for no call). Listeners and
+//! stripe), where contents lie (`places`; held for no call). Listeners and
 //! agents are called under these locks: that is what orders what they do with
 //! the conversion. No other call goes back into C.
 

@@ -232,11 +232,11 @@ impl Region {
         let Some(unit) = self.options.huge_page else {
             return;
         };
-        let mut ends: Vec<_> = [offsets.first(), offsets.last()]
-            .map(|granule| granule.widened(unit))
-            .into();
-        ends.dedup();
-        for page in ends {
+        let [first, last] = [offsets.first(), offsets.last()].map(|end| end.widened(unit));
+        for page in [Some(first), (last != first).then_some(last)]
+            .into_iter()
+            .flatten()
+        {
             let private = self.state.count_private(page.granules());
             if private == page.granules().len() {
                 // One that is not freed now is in use again when any of it is

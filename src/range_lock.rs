@@ -17,7 +17,8 @@ const UNIT: u64 = 2 << 20;
 const STRIPES: usize = 16;
 
 /// Keeps conversions of overlapping ranges apart and lets others run together.
-/// First come, first served: many small requests cannot hold off a large one.
+/// First come, first served in each stripe: many small requests cannot hold off a
+/// large one, which they overtake only where it has not arrived yet.
 ///
 /// Requests for different memory would still meet where the lock keeps its
 /// books, and so it keeps them in stripes, each for a part of the memory. A
@@ -151,8 +152,8 @@ impl RangeLock {
 
 /// One bit for each stripe that keeps any part of `range`.
 fn bits_of(range: &Range) -> u16 {
-    // Memory that lies side by side, or at a distance of a power of two, is not
-    // kept in one stripe: threads that walk through their halves do not meet.
+    // Neighbours, and the same places in the halves of a guest, are kept apart
+    // as a rule: threads that walk through their halves seldom meet.
     let stripe = |unit: u64| unit.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - STRIPES.ilog2());
     let (first, last) = (range.start() / UNIT, (range.end() - 1) / UNIT);
     match last - first {

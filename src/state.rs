@@ -8,11 +8,11 @@
 //! different granules may share a word, hence the atomic read-modify-write;
 //! writers of the same granule are kept apart by the region's range lock.
 //!
-//! A block's count is raised before bits of it are set, and lowered after they
-//! were cleared. So a count of 0 or of all granules is true of every change that
-//! the reader knows to be complete; within a change that still goes on, a reader
-//! may see either side, as it may of the bits themselves. Writers add and
-//! subtract what they change, so that none undoes another's count.
+//! Writers add to a block's count and subtract from it what they change, so that
+//! none undoes another's, and each granule's part in it is 0 or 1 at all times. So a
+//! count of 0 or of all granules is true of every change that the reader knows to
+//! be complete; within a change that still goes on, a reader may see either side,
+//! as it may of the bits themselves.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -21,7 +21,7 @@ use bitvec::field::BitField;
 use bitvec::prelude::{BitSlice, BitVec, Lsb0};
 
 use crate::error::{Error, Result};
-use crate::sync::{AtomicU64, zeroed_words};
+use crate::sync::{AtomicU64, BLOCK_WORDS, zeroed_words};
 
 /// Granules of a word of the map. (The map is not one of bitvec's types: their
 /// atomic access is relaxed, and publication must not be.)
@@ -29,7 +29,6 @@ const WORD: usize = u64::BITS as usize;
 
 /// Granules of a block: 16 MiB, whose bits fill eight cache lines.
 const BLOCK: usize = BLOCK_WORDS * WORD;
-const BLOCK_WORDS: usize = 64;
 
 /// Four counts of 16 bits share a word, so that one look passes over 64 MiB.
 const LANES: usize = 4;
@@ -63,7 +62,8 @@ pub struct Run {
 }
 
 /// What [`StateMap::runs`] returns: sides take turns, even where another thread
-/// converts meanwhile, as every word is looked at once.
+/// converts meanwhile, as each step goes on from where and on which side the last
+/// one ended.
 pub struct Runs<'a> {
     map: &'a StateMap,
     /// Where the next run begins, ...
@@ -259,26 +259,31 @@ impl StateMap {
         let sets = side != self.initial;
         for part in split(granules, BLOCK) {
             let block = part.start / BLOCK;
-            let changed = part.len() - self.count_in_words(part.clone(), side);
-            if changed == 0 {
-                continue;
+            let changed = words_of(part).map(|(index, mask)| {
+                let before = self.set_in_word(index, mask, sets);
+                (if sets { !before } else { before } & mask).count_ones() as usize
+            });
+            let changed = changed.sum();
+            match sets {
+                _ if changed == 0 => {}
+                true => self.raise(block, changed),
+                false => self.lower(block, changed),
             }
-            if sets {
-                self.raise(block, changed);
-            }
-            for (index, mask) in words_of(part) {
-                let word = &self.words[index];
-                match (sets, mask) {
-                    // A whole word is the caller's alone.
-                    (true, u64::MAX) => word.store(u64::MAX, Ordering::Release),
-                    (false, u64::MAX) => word.store(0, Ordering::Release),
-                    (true, _) => drop(word.fetch_or(mask, Ordering::Release)),
-                    (false, _) => drop(word.fetch_and(!mask, Ordering::Release)),
-                }
-            }
-            if !sets {
-                self.lower(block, changed);
-            }
+        }
+    }
+
+    /// Sets or clears bits of a word, and returns what it was.
+    fn set_in_word(&self, index: usize, mask: u64, sets: bool) -> u64 {
+        let word = &self.words[index];
+        if mask == u64::MAX {
+            // A whole word is the caller's alone.
+            let before = word.load(Ordering::Relaxed);
+            word.store(if sets { u64::MAX } else { 0 }, Ordering::Release);
+            return before;
+        }
+        match sets {
+            true => word.fetch_or(mask, Ordering::Release),
+            false => word.fetch_and(!mask, Ordering::Release),
         }
     }
 

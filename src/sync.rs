@@ -6,6 +6,10 @@ use std::alloc::Layout;
 pub use std::sync::atomic::AtomicU64;
 pub use std::sync::{Condvar, Mutex, MutexGuard};
 
+/// Words of a block of the state map: 16 MiB, whose bits fill eight cache lines.
+/// (The checker takes 1, as it cannot look at many.)
+pub const BLOCK_WORDS: usize = 64;
+
 /// `len` words of 0; `None` if there is no memory for them. Zeroed by the
 /// kernel, so that many of them cost memory only where touched.
 pub fn zeroed_words(len: usize) -> Option<Box<[AtomicU64]>> {

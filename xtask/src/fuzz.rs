@@ -87,7 +87,11 @@ impl Fuzzer {
     fn run(&self, cx: &Context, seconds: u64) -> Result<String> {
         let mut command = self.cargo_fuzz(cx, "run")?;
         command.arg(&self.corpus).arg("--").arg(MEMORY);
-        command.arg(format!("-max_total_time={seconds}"));
+        // No call may hang, either.
+        command.args([
+            "-timeout=10".to_owned(),
+            format!("-max_total_time={seconds}"),
+        ]);
         let label = format!("fuzz the C interface for {seconds} s");
         let ended = run::attempt(&cx.cache, &label, command)?;
         let log = std::fs::read_to_string(&ended.log)?;

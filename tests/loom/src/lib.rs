@@ -17,6 +17,8 @@ mod sync {
     pub use loom::sync::atomic::AtomicU64;
     pub use loom::sync::{Condvar, Mutex, MutexGuard};
 
+    pub const BLOCK_WORDS: usize = 1;
+
     pub fn zeroed_words(len: usize) -> Option<Box<[AtomicU64]>> {
         Some((0..len).map(|_| AtomicU64::new(0)).collect())
     }

@@ -212,7 +212,7 @@ impl Figures {
         });
         let rows: String = rows.collect();
         let counted = self.instructions.map(|Instructions { ours, qemu }| {
-            format!("instructions for one page of 1 GiB, there and back: ours {ours:.0}, QEMU's {qemu:.0}\n")
+            format!("instructions for one page of 1 GiB, the mean of both directions: ours {ours:.0}, QEMU's {qemu:.0}\n")
         });
         head + &rows + &counted.unwrap_or_default()
     }
