@@ -1,5 +1,5 @@
 //! The lab's kernel: the newest the distribution has, with our small fragment
-//! on top of tinyconfig.
+//! on top of tinyconfig, and one driver of ours for the guest that it also is.
 //!
 //! Finished kernels stay in the cache by source version and fragment; sources
 //! are unpacked only to build. A kernel that cannot be downloaded or built
@@ -19,6 +19,9 @@ use crate::run;
 use crate::setup;
 
 const FRAGMENT: &str = "tests/lab/kernel.config";
+/// A folder of drivers/virt in the kernel's tree.
+const DRIVER: &str = "private-guest";
+const DRIVER_FILES: &[&str] = &["Kconfig", "Makefile", "private-guest.c"];
 const PACKAGES: &str = "linux-source-";
 
 /// Without these there is no lab; other options may be unknown to a version.
@@ -107,8 +110,12 @@ fn newest(cx: &Context) -> Result<(Package, Kernel)> {
 }
 
 fn build_package(cx: &Context, package: &Package) -> Result<Kernel> {
-    let fragment = cx.root.join(FRAGMENT);
-    let key = Stamp::default().file(&fragment)?.finish();
+    let mut stamp = Stamp::default();
+    stamp.file(&cx.root.join(FRAGMENT))?;
+    for name in DRIVER_FILES {
+        stamp.file(&driver(cx).join(name))?;
+    }
+    let key = stamp.finish();
     let dir = cx
         .cache
         .path(format!("kernel/{}-{}", package.version, &key[..12]));
@@ -120,6 +127,7 @@ fn build_package(cx: &Context, package: &Package) -> Result<Kernel> {
     let deb = apt::package(cx, &package.name, &package.version)?;
     let unpacked = cx.cache.dir("kernel")?.join("unpacked");
     let source = unpack(cx, package, &deb, &unpacked)?;
+    add_driver(&driver(cx), &source)?;
     let objects = unpacked.join("objects");
     make_all(cx, &package.version, &source, &objects)?;
     keep(&objects, &kernel)?;
@@ -127,7 +135,33 @@ fn build_package(cx: &Context, package: &Package) -> Result<Kernel> {
     Ok(kernel)
 }
 
-/// The user's own tree: built beside it, again and again, as make sees fit.
+fn driver(cx: &Context) -> PathBuf {
+    cx.root.join("tests/lab/linux").join(DRIVER)
+}
+
+/// Puts our driver into a tree, beside others for virtual machines.
+fn add_driver(driver: &Path, source: &Path) -> Result<()> {
+    let virt = source.join("drivers/virt");
+    let dir = virt.join(DRIVER);
+    fs::create_dir_all(&dir)?;
+    for name in DRIVER_FILES {
+        fs::copy(driver.join(name), dir.join(name))?;
+    }
+    append(&virt.join("Makefile"), &format!("obj-y += {DRIVER}/\n"))?;
+    append(
+        &virt.join("Kconfig"),
+        &format!("source \"drivers/virt/{DRIVER}/Kconfig\"\n"),
+    )
+}
+
+fn append(path: &Path, text: &str) -> Result<()> {
+    let before =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(fs::write(path, before + text)?)
+}
+
+/// The user's own tree: built beside it, again and again, as make sees fit. It
+/// is not written to, so it comes without our driver.
 fn users_tree(cx: &Context, tree: &Path) -> Result<Kernel> {
     setup::packages(cx, setup::BUILD)?;
     let tree = tree
@@ -257,6 +291,26 @@ mod tests {
         let base = "CONFIG_SMP=y\n# CONFIG_KVM is not set\nCONFIG_NR=8\n";
         let all = merged(base, "# why\nCONFIG_KVM=y\nCONFIG_NR=64\n");
         assert_eq!(all, "CONFIG_SMP=y\n# why\nCONFIG_KVM=y\nCONFIG_NR=64\n");
+    }
+
+    #[test]
+    fn our_driver_comes_into_the_tree() -> Result<()> {
+        let source = tempfile::tempdir()?;
+        let virt = source.path().join("drivers/virt");
+        fs::create_dir_all(&virt)?;
+        fs::write(virt.join("Makefile"), "obj-y += coco/\n")?;
+        fs::write(virt.join("Kconfig"), "endif\n")?;
+        let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/lab/linux");
+        add_driver(&ours.join(DRIVER), source.path())?;
+        let read = |name: &str| fs::read_to_string(virt.join(name));
+        assert_eq!(
+            read("Makefile")?,
+            "obj-y += coco/\nobj-y += private-guest/\n"
+        );
+        assert!(read("Kconfig")?.ends_with("virt/private-guest/Kconfig\"\n"));
+        assert!(read("private-guest/Kconfig")?.contains("config PRIVATE_GUEST\n"));
+        assert!(virt.join("private-guest/private-guest.c").exists());
+        Ok(())
     }
 
     #[test]

@@ -49,11 +49,15 @@ const MEMORY: &[&str] = &[
     "cpu,node-id=0,socket-id=0",
 ];
 
-/// Our own guest, and how it is built for RAM that is private at first.
-const GUESTS: &[(&str, &[&str])] = &[
-    ("guest.bin", &[]),
-    ("guest-private.bin", &["-DSTART_PRIVATE"]),
+/// ROMs of our own, and how they are built: our guest, also for RAM that is private
+/// at first ...
+const ROMS: &[(&str, &[&str])] = &[
+    ("guest.bin", &["main.c"]),
+    ("guest-private.bin", &["main.c", "-DSTART_PRIVATE"]),
 ];
+
+/// ... and what makes the RAM of a Linux private that knows how to live with that.
+const LOADER: (&str, &[&str]) = ("loader.bin", &["loader.c", "-DLOADER"]);
 
 /// The outer machine's CPUs where the host's KVM can nest ...
 const NESTED: &[&str] = &["-accel", "kvm", "-cpu", "host", "-smp", "2"];
@@ -369,8 +373,9 @@ fn image(
     let driver = library::driver(cx)?;
     let mut guest = Files::new();
     add_program(&mut guest, "/init", &driver)?;
+    add_program(&mut guest, "/bin/busybox", &busybox(cx)?)?;
     let mut host = guest.clone();
-    add_program(&mut host, "/bin/busybox", &busybox(cx)?)?;
+    add(&mut guest, "/shell", &cx.root.join("tests/lab/linux/shell"));
     host.insert("/bin/sh".into(), Content::Link("busybox"));
     add_program(
         &mut host,
@@ -380,11 +385,14 @@ fn image(
     for name in FIRMWARE {
         add(&mut host, format!("/firmware/{name}"), &firmware.join(name));
     }
-    for (name, flags) in GUESTS {
+    for (name, how) in ROMS {
+        add(&mut host, format!("/guest/{name}"), &rom(cx, name, how)?);
+    }
+    if kernel.has("PRIVATE_GUEST")? {
         add(
             &mut host,
-            format!("/guest/{name}"),
-            &own_guest(cx, name, flags)?,
+            "/guest/loader.bin",
+            &rom(cx, LOADER.0, LOADER.1)?,
         );
     }
     add_program(&mut host, "/tests/conformance", &library::conformance(cx)?)?;
@@ -462,14 +470,14 @@ fn libraries(listing: &str) -> impl Iterator<Item = &str> {
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
 }
 
-/// The guest of our own, built where the sources say how.
-fn own_guest(cx: &Context, name: &str, flags: &[&str]) -> Result<PathBuf> {
+/// A ROM of our own, built where the sources say how.
+fn rom(cx: &Context, name: &str, how: &[&str]) -> Result<PathBuf> {
     let source = cx.root.join("tests/lab/guest");
-    let guest = cx.cache.dir("guest")?.join(name);
+    let rom = cx.cache.dir("guest")?.join(name);
     let mut build = Command::new("sh");
-    build.arg(source.join("build.sh")).arg(&guest).args(flags);
-    run::ask(&mut build).context("the lab's guest does not build")?;
-    Ok(guest)
+    build.arg(source.join("build.sh")).arg(&rom).args(how);
+    run::ask(&mut build).with_context(|| format!("the lab's {name} does not build"))?;
+    Ok(rom)
 }
 
 fn key(images: &[&Files], outer: &Path) -> Result<String> {

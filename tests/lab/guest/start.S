@@ -6,6 +6,13 @@
  */
 	.set	PAGES_2M, 16 * 512	/* 16 GiB mapped one to one ... */
 	.set	PAGES_1G, 512		/* ... and up to 512 GiB where the CPU has pages of 1 GiB */
+#ifdef LOADER
+	.set	LOW_PAGES, 160
+	.set	LOW_SIDE, 0x10		/* private, pages of 4 KiB */
+#else
+	.set	LOW_PAGES, 128
+	.set	LOW_SIDE, 0		/* shared */
+#endif
 
 	.section .text.entry, "ax"
 	.code16
@@ -32,16 +39,16 @@ entry32:
 	testl	$0x100, %eax
 	jz	long_mode
 
-#ifdef START_PRIVATE
-	/* Share low RAM before it is touched. KVM puts VMCALL or VMMCALL right
-	 * where it is the other one's, but not in ROM. */
+#if defined(START_PRIVATE) || defined(LOADER)
+	/* Low RAM comes to its side before it is touched. KVM puts VMCALL or VMMCALL
+	 * right where it is the other one's, but not in ROM. */
 	xorl	%eax, %eax
 	cpuid
 	cmpl	$0x756e6547, %ebx	/* "Genu" */
 	movl	$12, %eax		/* KVM_HC_MAP_GPA_RANGE */
 	movl	$0, %ebx
-	movl	$128, %ecx
-	movl	$0, %edx		/* shared, pages of 4 KiB */
+	movl	$LOW_PAGES, %ecx
+	movl	$LOW_SIDE, %edx
 	je	1f
 	vmmcall
 	jmp	2f
@@ -140,6 +147,32 @@ to_trap:
 	andq	$-16, %rsp
 	call	trap
 
+#ifdef LOADER
+/* enter_kernel(entry, start_info): as PVH has it, in 32 bit and without paging. */
+	.globl	enter_kernel
+enter_kernel:
+	pushq	$0x08
+	pushq	$leave_long_mode
+	lretq
+	.code32
+leave_long_mode:
+	movw	$0x10, %ax
+	movw	%ax, %ds
+	movw	%ax, %es
+	movw	%ax, %ss
+	movl	%cr0, %eax
+	andl	$0x7fffffff, %eax
+	movl	%eax, %cr0
+	movl	$0xc0000080, %ecx	/* EFER.LME */
+	rdmsr
+	andl	$~0x100, %eax
+	wrmsr
+	xorl	%eax, %eax
+	movl	%eax, %cr4
+	movl	%esi, %ebx
+	jmp	*%edi
+	.code64
+#else
 /* A machine check is looked at, and then the guest goes on where it was. */
 	.globl	machine_check_stub
 machine_check_stub:			/* five words are on the stack, and no error code */
@@ -152,6 +185,7 @@ machine_check_stub:			/* five words are on the stack, and no error code */
 	popq	%\register
 	.endr
 	iretq
+#endif
 
 	.section .rodata
 	.balign	8

@@ -83,6 +83,19 @@ pub fn run_command(coded: &str) -> Result<i32> {
         .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
 }
 
+/// Runs a shell command of ours, which must succeed; gives what it prints.
+pub fn run(command: &str) -> Result<String> {
+    let output = shell().args(["-c", command]).output().context("/bin/sh")?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        output.status.success(),
+        "'{command}' ended with {}: {said}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(said)
+}
+
 /// A login-like shell: own session, the console as its controlling terminal.
 pub fn run_shell() -> Result<()> {
     let active = fs::read_to_string("/sys/class/tty/console/active")?;

@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,8 @@ use crate::qmp::{DEADLINE, Qmp};
 pub const PAGE: u64 = 4096;
 /// How many extents are asked for at a time: few, so that lists have many pages.
 const EXTENTS_LIMIT: usize = 64;
+/// How long a Linux may be silent until it is prodded.
+const SILENCE: Duration = Duration::from_millis(300);
 pub const OUR_GUEST: &str = "-bios /guest/guest.bin";
 /// The usual private machine, all its memory in one object `ram0`.
 pub const PRIVATE: &str = "-m 256M -object sw-protected-guest,id=cgs0 \
@@ -269,6 +271,27 @@ impl Machine {
         }
     }
 
+    /// The lines before one that begins with `mark`, and what stands after that. A Linux may owe them
+    /// until something comes in: on the emulated CPU interrupts of the serial port get lost now and
+    /// then, whatever its memory is. So it gets an empty line each time that it is silent.
+    pub fn output(&mut self, mark: &str) -> Result<(String, String)> {
+        let end = Instant::now() + DEADLINE;
+        let mut lines: Vec<String> = Vec::new();
+        loop {
+            match self.process.lines.recv_timeout(SILENCE) {
+                Ok(line) => match line.strip_prefix(mark) {
+                    Some(rest) => return Ok((lines.join("\n").trim().into(), rest.trim().into())),
+                    None => lines.push(line),
+                },
+                Err(RecvTimeoutError::Timeout) if Instant::now() < end => self.send("")?,
+                Err(e) => bail!(
+                    "{e}; awaited was {mark}, before it came: {}",
+                    lines.join(" / ")
+                ),
+            }
+        }
+    }
+
     /// One command to our guest; gives its reply.
     pub fn ask(&mut self, command: &str) -> Result<String> {
         self.send(command)?;
@@ -400,6 +423,21 @@ impl Machine {
             status.signal() == Some(libc::SIGKILL),
             "QEMU ended with {status}"
         );
+        Ok(())
+    }
+
+    /// A Linux turns itself off, prodded as by [`Machine::output`], and QEMU ends.
+    pub fn power_off(mut self) -> Result<()> {
+        self.send("poweroff -f")?;
+        let end = Instant::now() + DEADLINE;
+        while self.process.child.try_wait()?.is_none() && Instant::now() < end {
+            thread::sleep(SILENCE);
+            // It fails once QEMU has ended.
+            let _ = self.send("");
+        }
+        let status = self.process.wait()?;
+        let said = self.process.stderr();
+        ensure!(status.success(), "QEMU ended with {status}: {said}");
         Ok(())
     }
 

@@ -20,6 +20,7 @@ mod docs;
 mod failure;
 mod host;
 mod launch;
+mod linux;
 mod machine;
 mod properties;
 mod qmp;
@@ -137,6 +138,10 @@ fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
     if let Some((guest, _)) = scenario.needs_guest.filter(|(_, line)| *line != lab.line) {
         let why = format!("QEMU {} has no {guest}", lab.line);
         return verdict(scenario.name, "skipped", &why);
+    }
+    if scenario.needs_private_linux && !linux::can_be_had() {
+        let why = "the lab's kernel was built without CONFIG_PRIVATE_GUEST";
+        return verdict(scenario.name, "skipped", why);
     }
     match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {
         Ok(Ok(())) => verdict(scenario.name, "ok", ""),

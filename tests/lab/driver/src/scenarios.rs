@@ -17,7 +17,7 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, bench, cgroup, demo, docs, failure, host, launch, properties};
+use crate::{Lab, access, bench, cgroup, demo, docs, failure, host, launch, linux, properties};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -26,6 +26,8 @@ pub struct Scenario {
     pub needs_private: bool,
     /// A type of guest that only one QEMU line has, and that line.
     pub needs_guest: Option<(&'static str, &'static str)>,
+    /// Whether the kernel must know how to be a private guest.
+    pub needs_private_linux: bool,
     test: Test,
 }
 
@@ -42,6 +44,7 @@ impl Scenario {
             name,
             needs_private: true,
             needs_guest: None,
+            needs_private_linux: false,
             test: Test::Function(function),
         }
     }
@@ -55,6 +58,14 @@ impl Scenario {
     ) -> Scenario {
         Scenario {
             needs_guest: Some((guest, line)),
+            ..Scenario::new(name, function)
+        }
+    }
+
+    /// With a Linux whose RAM is private.
+    pub const fn private_linux(name: &'static str, function: Function) -> Scenario {
+        Scenario {
+            needs_private_linux: true,
             ..Scenario::new(name, function)
         }
     }
@@ -80,6 +91,7 @@ pub fn all() -> Vec<Scenario> {
         name: refusal.name,
         needs_private: true,
         needs_guest: None,
+        needs_private_linux: false,
         test: Test::Refusal(refusal),
     });
     let mut list = vec![
@@ -124,6 +136,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(launch::all());
     list.extend(failure::all());
     list.extend(bench::all());
+    list.extend(linux::all());
     list.extend(refusals);
     list.push(Scenario::new("documented-commands", docs::run));
     list.push(Scenario::new("demo", demo::run));
