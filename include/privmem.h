@@ -46,6 +46,12 @@
 #define PRIVMEM_MESSAGE_SIZE 256
 
 /**
+ * Words of a block of the state map: 16 MiB, whose bits fill eight cache lines.
+ * (The checker takes 1, as it cannot look at many.)
+ */
+#define BLOCK_WORDS 64
+
+/**
  * What a page of initial contents is to the trust agent.
  */
 enum privmem_page_type {
@@ -625,7 +631,7 @@ int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
  * ask so for MMIO). The numbers come from the guest and may be anything.
  *
  * Any thread; may sleep. Requests for overlapping memory wait for each other,
- * in order of arrival.
+ * about in order of arrival; none waits for ever.
  *
  * Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
  * bound; otherwise what the kernel or a listener returned. A call that failed

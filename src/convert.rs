@@ -141,7 +141,7 @@ impl Vm {
     /// guests send such requests for MMIO.
     ///
     /// Callable from any thread. Requests for overlapping memory wait for each
-    /// other, in order of arrival. All or nothing: on failure the range is as
+    /// other, about in order of arrival. All or nothing: on failure the range is as
     /// it was, or the error is [`Error::Undone`] and says what is not.
     pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
         self.try_convert(gpa, size, to)

@@ -936,7 +936,7 @@ pub unsafe extern "C" fn privmem_vm_unbind(vm: *const privmem_vm, gpa: u64, size
 /// ask so for MMIO). The numbers come from the guest and may be anything.
 ///
 /// Any thread; may sleep. Requests for overlapping memory wait for each other,
-/// in order of arrival.
+/// about in order of arrival; none waits for ever.
 ///
 /// Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
 /// bound; otherwise what the kernel or a listener returned. A call that failed

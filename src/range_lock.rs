@@ -12,7 +12,7 @@ use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard};
 /// Ranges of one request: more of them cost an allocation.
 pub type Ranges = SmallVec<[Range; 2]>;
 
-/// Memory is dealt out to the stripes in units of so many bytes.
+/// Memory is dealt out to the stripes in units of at least so many bytes.
 const UNIT: u64 = 2 << 20;
 const STRIPES: usize = 16;
 
@@ -25,8 +25,8 @@ const STRIPES: usize = 16;
 /// request passes through its stripes in their order, and whoever waits in one
 /// waits for somebody who waits in a later one if at all: so none waits in a
 /// circle.
-#[derive(Default)]
 pub struct RangeLock {
+    unit: u64,
     stripes: [CachePadded<Stripe>; STRIPES],
 }
 
@@ -111,9 +111,17 @@ impl Queue {
 }
 
 impl RangeLock {
+    /// For requests of about `huge_page` bytes or less, a power of two.
+    pub fn new(huge_page: u64) -> RangeLock {
+        RangeLock {
+            unit: huge_page.max(UNIT),
+            stripes: Default::default(),
+        }
+    }
+
     /// As [`RangeLock::acquire_all`], for one range.
     pub fn acquire(&self, range: Range) -> RangeGuard<'_> {
-        let stripes = bits_of(&range);
+        let stripes = self.stripes_of(&range);
         if let (true, Some(alone)) = (stripes.is_power_of_two(), Alone::new(&range)) {
             let stripe = stripes.trailing_zeros() as usize;
             if self.stripes[stripe].enter_alone(alone) {
@@ -128,8 +136,21 @@ impl RangeLock {
     /// `ranges`. All of a request at once: one that waited with a part in hand
     /// could be waited for by whom it waits for.
     pub fn acquire_all(&self, ranges: Ranges) -> RangeGuard<'_> {
-        let stripes = ranges.iter().fold(0, |bits, range| bits | bits_of(range));
+        let stripes = ranges.iter().map(|range| self.stripes_of(range));
+        let stripes = stripes.fold(0, |all, bits| all | bits);
         self.queue_up(ranges, stripes)
+    }
+
+    /// One bit for each stripe that keeps any part of `range`.
+    fn stripes_of(&self, range: &Range) -> u16 {
+        // Neighbours, and the same places in the halves of a guest, are kept apart
+        // as a rule: threads that walk through their halves seldom meet.
+        let stripe = |unit: u64| unit.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - STRIPES.ilog2());
+        let (first, last) = (range.start() / self.unit, (range.end() - 1) / self.unit);
+        match last - first {
+            0..64 => (first..=last).fold(0, |bits, unit| bits | 1 << stripe(unit)),
+            _ => u16::MAX,
+        }
     }
 
     fn queue_up(&self, ranges: Ranges, stripes: u16) -> RangeGuard<'_> {
@@ -147,18 +168,6 @@ impl RangeLock {
             bits &= bits - 1;
             Some(&**stripe)
         })
-    }
-}
-
-/// One bit for each stripe that keeps any part of `range`.
-fn bits_of(range: &Range) -> u16 {
-    // Neighbours, and the same places in the halves of a guest, are kept apart
-    // as a rule: threads that walk through their halves seldom meet.
-    let stripe = |unit: u64| unit.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - STRIPES.ilog2());
-    let (first, last) = (range.start() / UNIT, (range.end() - 1) / UNIT);
-    match last - first {
-        0..64 => (first..=last).fold(0, |bits, unit| bits | 1 << stripe(unit)),
-        _ => u16::MAX,
     }
 }
 
@@ -245,10 +254,10 @@ mod tests {
 
     #[test]
     fn who_waits_for_much_is_not_overtaken_by_who_wants_little() {
-        let lock = RangeLock::default();
+        let lock = RangeLock::new(GRANULE);
         let range = |granules| Range::new(0, granules * GRANULE).unwrap();
         let order = Mutex::new(Vec::new());
-        let stripe = lock.stripes(bits_of(&range(1))).next().unwrap();
+        let stripe = lock.stripes(lock.stripes_of(&range(1))).next().unwrap();
         let waiting = |count| {
             while stripe.queue().tickets.len() < count {
                 thread::yield_now();
@@ -288,14 +297,18 @@ mod tests {
 
     #[test]
     fn a_range_is_kept_by_the_stripes_of_all_its_units() {
-        let range = |start, units| Range::new(start * UNIT, units * UNIT).unwrap();
-        for start in 0..100 {
-            let parts = (start..start + 70).map(|unit| bits_of(&range(unit, 1)));
-            assert!(parts.clone().all(|bits| bits.is_power_of_two()));
-            let all = parts.fold(0, |all, bits| all | bits);
-            assert_eq!(bits_of(&range(start, 70)), all);
+        for huge_page in [GRANULE, 1 << 30] {
+            let lock = RangeLock::new(huge_page);
+            let unit = huge_page.max(UNIT);
+            let range = |start, units| Range::new(start * unit, units * unit).unwrap();
+            for start in 0..100 {
+                let parts = (start..start + 70).map(|at| lock.stripes_of(&range(at, 1)));
+                assert!(parts.clone().all(|bits| bits.is_power_of_two()));
+                let all = parts.fold(0, |all, bits| all | bits);
+                assert_eq!(lock.stripes_of(&range(start, 70)), all);
+            }
+            let across = Range::new(unit - GRANULE, 2 * GRANULE).unwrap();
+            assert_eq!(lock.stripes_of(&across), lock.stripes_of(&range(0, 2)));
         }
-        let across = Range::new(UNIT - GRANULE, 2 * GRANULE).unwrap();
-        assert_eq!(bits_of(&across), bits_of(&range(0, 2)));
     }
 }

@@ -157,7 +157,7 @@ impl Region {
             host: OnceLock::new(),
             preallocated: AtomicBool::new(false),
             policy: OnceLock::new(),
-            lock: RangeLock::default(),
+            lock: RangeLock::new(options.huge_page.unwrap_or(GRANULE)),
             listeners: Listeners::default(),
             requests: Counter::default(),
             failed: Counter::default(),

@@ -33,7 +33,7 @@ fn run<const N: usize>(requests: [&[Range]; N], excludes: bool) -> usize {
     // All interleavings of three take too long; few need more switches.
     model.preemption_bound = (N > 2).then_some(2);
     model.check(move || {
-        let lock = Arc::new(RangeLock::default());
+        let lock = Arc::new(RangeLock::new(GRANULE));
         let inside = Arc::new(AtomicUsize::new(0));
         // The checker sees whether accesses are ordered by the lock alone.
         let kept = excludes.then(|| Arc::new(UnsafeCell::new(0)));
