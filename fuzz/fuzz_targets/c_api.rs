@@ -1,7 +1,7 @@
-//! Anything that a guest, a monitor or a machine may ask of the C interface, in
-//! any order, on the emulated agent. What must hold afterwards is checked after
-//! every call; requests of the hostile guest (`tests/hostile/requests.h`) must end
-//! as they have to.
+//! What a guest, a monitor and a machine ask of the C interface while a VM runs, in
+//! any order, on the emulated agent, and a guest that touches its memory. What must
+//! hold afterwards is checked after every call; requests of the hostile guest
+//! (`tests/hostile/requests.h`) must end as they have to.
 
 #![no_main]
 
@@ -59,7 +59,15 @@ enum Call {
     Hostile {
         seed: u64,
     },
+    Touch {
+        offset: u32,
+    },
     Convert {
+        page: u8,
+        pages: u8,
+        to_private: bool,
+    },
+    Anywhere {
         gpa: u64,
         size: u64,
         to_private: bool,
@@ -70,7 +78,7 @@ enum Call {
         is_private: bool,
     },
     Failure {
-        gpa: u64,
+        page: u8,
         is_private: bool,
         retire: bool,
     },
@@ -86,8 +94,8 @@ enum Call {
     Plug,
     Unplug,
     Discard {
-        offset: u64,
-        size: u64,
+        page: u8,
+        pages: u8,
     },
     Access {
         offset: u64,
@@ -112,6 +120,8 @@ struct Machine {
     vm: *mut privmem_vm,
     ram: *mut privmem_region,
     dimm: *mut privmem_region,
+    /// Of all of `ram`.
+    host: *mut u8,
 }
 
 // SAFETY of all calls: handles are live from `new` to `drop`, and pointers are to
@@ -127,8 +137,19 @@ impl Machine {
             assert_eq!(new(c"ram", FIELD.ram_end, &mut ram), 0);
             assert_eq!(new(c"dimm", FIELD.plug_size, &mut dimm), 0);
             assert_eq!(privmem_vm_bind(vm, ram, 0, 0, FIELD.ram_end), 0);
+            let (size, fd) = (FIELD.ram_end as usize, privmem_region_shared_fd(ram));
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            let host = libc::mmap(null_mut(), size, access, libc::MAP_SHARED, fd, 0);
+            assert_ne!(host, libc::MAP_FAILED);
+            assert_eq!(privmem_region_set_host_mapping(ram, host), 0);
+            let host = host.cast();
+            Machine {
+                vm,
+                ram,
+                dimm,
+                host,
+            }
         }
-        Machine { vm, ram, dimm }
     }
 
     fn convert(&self, gpa: u64, size: u64, to_private: bool) -> bool {
@@ -156,10 +177,13 @@ impl Machine {
         let is_private = request.attributes & PRIVATE != 0;
         let size = request.pages.checked_mul(PAGE);
         let granted = size.is_some_and(|size| self.convert(request.gpa, size, is_private));
+        // What is bound beside the RAM may make more possible than the guest knows,
+        // but not what cannot be a range.
+        let end = size.and_then(|size| request.gpa.checked_add(size));
+        let is_range = request.pages > 0 && request.gpa % PAGE == 0 && end.is_some();
         match expected {
             Answer::Granted => assert!(granted),
-            // What is bound beside the RAM may make more possible.
-            Answer::Refused | Answer::Either => {}
+            Answer::Refused | Answer::Either => assert!(is_range || !granted),
         }
     }
 
@@ -168,7 +192,17 @@ impl Machine {
         unsafe {
             match *call {
                 Call::Hostile { seed } => self.hostile(seed),
+                Call::Touch { offset } => {
+                    *self.host.add(offset as usize % FIELD.ram_end as usize) = 1;
+                }
                 Call::Convert {
+                    page,
+                    pages,
+                    to_private,
+                } => {
+                    self.convert(u64::from(page) * PAGE, u64::from(pages) * PAGE, to_private);
+                }
+                Call::Anywhere {
                     gpa,
                     size,
                     to_private,
@@ -181,10 +215,11 @@ impl Machine {
                     privmem_vm_memory_fault(vm, gpa, size, is_private);
                 }
                 Call::Failure {
-                    gpa,
+                    page,
                     is_private,
                     retire,
                 } => {
+                    let gpa = u64::from(page) * PAGE;
                     let mut failure = std::mem::zeroed();
                     privmem_vm_memory_failure(vm, gpa, is_private, retire, &mut failure);
                 }
@@ -204,7 +239,9 @@ impl Machine {
                 Call::Unplug => {
                     privmem_vm_unbind(vm, FIELD.plug_base, FIELD.plug_size);
                 }
-                Call::Discard { offset, size } => drop(privmem_region_discard(ram, offset, size)),
+                Call::Discard { page, pages } => {
+                    privmem_region_discard(ram, u64::from(page) * PAGE, u64::from(pages) * PAGE);
+                }
                 Call::Access { offset, len } => {
                     let mut len = len;
                     privmem_region_host_access(ram, offset, &mut len);
@@ -240,7 +277,6 @@ impl Machine {
                 let mut info: privmem_info = std::mem::zeroed();
                 let size = size_of::<privmem_info>();
                 assert_eq!(privmem_region_info(region, &mut info, size), 0);
-                assert_eq!(info.private_bytes + info.shared_bytes, info.size);
                 assert!(info.held_twice == 0 || info.held_twice == PRIVMEM_UNKNOWN);
                 let (mut at, mut private) = (0, 0);
                 while at < info.size {
@@ -262,6 +298,7 @@ impl Drop for Machine {
             privmem_region_free(self.ram);
             privmem_region_free(self.dimm);
             privmem_vm_free(self.vm);
+            libc::munmap(self.host.cast(), FIELD.ram_end as usize);
         }
     }
 }
