@@ -163,7 +163,7 @@ static void find_memory(void)
 		fail("there should be 64 MiB of RAM", "");
 }
 
-/* The window and what lies below 640 KiB have their sides already. */
+/* All but the window. What lies below 640 KiB is private already, if that was granted. */
 static void make_private(void)
 {
 	must_convert(0, LOW_END, true);
