@@ -14,6 +14,7 @@
 #include <inttypes.h>
 #include <privmem.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -104,6 +105,7 @@ static void *plug(void *opaque)
         CHECK(privmem_vm_bind(vm, dimm, 0, field.plug_base, field.plug_size) == 0);
         CHECK(privmem_vm_unbind(vm, field.plug_base, field.plug_size) == 0);
         CHECK(privmem_region_reset(dimm) == 0);
+        sched_yield();
     }
     return NULL;
 }
@@ -142,6 +144,7 @@ static void *monitor(void *opaque)
         private_in_runs(ram, field.ram_end);
         CHECK(privmem_region_picture(ram, picture, sizeof(picture)) == 0);
         privmem_vm_failed_conversion(vm, 0, &failed, sizeof(failed));
+        sched_yield();
     }
     return NULL;
 }
@@ -161,7 +164,7 @@ static unsigned open_files(void)
 
 int main(int argc, char **argv)
 {
-    uint64_t requests = argc > 1 ? strtoull(argv[1], NULL, 0) : 20000;
+    uint64_t requests = argc > 1 ? strtoull(argv[1], NULL, 0) : 10000;
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : 1;
     struct vcpu vcpus[2] = {
         { .requests = requests / 2, .seed = 2 * seed + 1 },

@@ -398,6 +398,8 @@ const BUILDS: &[Build] = &[
             "valgrind",
             "--quiet",
             "--error-exitcode=1",
+            // Otherwise a thread that looks again and again keeps others from running.
+            "--fair-sched=yes",
             "--leak-check=full",
             // Rust's pointers often point into a block, not at its start.
             "--errors-for-leak-kinds=definite,possible",
