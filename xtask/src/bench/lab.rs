@@ -501,7 +501,7 @@ mod tests {
         assert_eq!(value("256 MiB: ours to qemu"), Some((2.0, true)));
         assert_eq!(value("512 GiB: ours to qemu"), Some((2.0, false)));
         assert_eq!(value("256 MiB: ours to bare"), Some((0.95, true)));
-        assert_eq!(value("ours in 512 GiB to 256 MiB"), Some((1.0, true)));
+        assert_eq!(value("512 GiB to 256 MiB: ours to bare"), Some((1.0, true)));
         // Events add 4, half of which the library does not take by itself.
         assert_eq!(value("library"), Some((0.04, true)));
         assert!(figures.table().contains("64 GiB     all   unused"));
