@@ -73,6 +73,9 @@ const KEEP_IMAGES: Duration = Duration::from_secs(24 * 60 * 60);
 /// All that is needed to boot.
 pub struct Lab {
     line: Line,
+    /// What the machine inside runs on, ...
+    system: PathBuf,
+    /// ... and what the outer one does.
     qemu: PathBuf,
     initramfs: PathBuf,
     vmlinux: PathBuf,
@@ -151,6 +154,7 @@ impl Lab {
         let image = image(cx, &build, &outer, &kernel, &firmware)?;
         Ok(Self {
             line: build.line,
+            system: build.system(),
             qemu: image.join(qemu::SYSTEM),
             initramfs: image.join("initramfs"),
             vmlinux: image.join("vmlinux"),
@@ -162,7 +166,7 @@ impl Lab {
 
     /// The patched QEMU, and the firmware for it.
     pub fn system(&self) -> &Path {
-        &self.qemu
+        &self.system
     }
 
     pub fn firmware(&self) -> &Path {
