@@ -1,15 +1,12 @@
 //! Scenarios for the host's own ways to guest memory: none gives bytes of a private page, nor
 //! takes a page for it.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use serde_json::json;
 
 use crate::Lab;
+use crate::gdb::Gdb;
 use crate::machine::{Launch, PAGE, Side, pattern};
-use crate::qmp::DEADLINE;
 use crate::scenarios::{BASE, Scenario, same_held};
 use Side::Private;
 
@@ -87,46 +84,30 @@ fn gdbstub(lab: &Lab) -> Result<()> {
         .start_guest()?;
     machine.convert(BASE + PAGE, 1, Private)?;
     machine.fill(BASE, 2, 7)?;
-    let mut gdb = UnixStream::connect(SOCKET).context(SOCKET)?;
-    gdb.set_read_timeout(Some(DEADLINE))?;
+    let mut gdb = Gdb::connect(SOCKET)?;
     let bytes = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
-    let found = gdb_ask(&mut gdb, &format!("m{BASE:x},8"))?;
+    let found = gdb.ask(&format!("m{BASE:x},8"))?;
     ensure!(
         found == bytes(&pattern(BASE, 8, 7)),
         "the debugger does not read a shared page: {found}"
     );
-    for (what, request) in [
-        ("reads", format!("m{:x},8", BASE + PAGE)),
-        ("writes", format!("M{:x},8:0000000000000000", BASE + PAGE)),
-    ] {
-        let found = gdb_ask(&mut gdb, &request)?;
-        ensure!(
-            found.starts_with('E'),
-            "the debugger {what} a private page: {found}"
-        );
+    for physical in [0, 1] {
+        let reply = gdb.ask(&format!("Qqemu.PhyMemMode:{physical}"))?;
+        ensure!(reply == "OK", "the debugger's reply to PhyMemMode: {reply}");
+        for (what, request) in [
+            ("reads", format!("m{:x},8", BASE + PAGE)),
+            ("writes", format!("M{:x},8:0000000000000000", BASE + PAGE)),
+        ] {
+            let found = gdb.ask(&request)?;
+            ensure!(
+                found.starts_with('E'),
+                "the debugger {what} a private page (PhyMemMode {physical}): {found}"
+            );
+        }
     }
     // The debugger stopped the machine when it came, and lets it go when it detaches.
-    gdb_ask(&mut gdb, "D")?;
-    drop(gdb);
+    gdb.detach()?;
     machine.check(BASE, 2, 7)?;
     same_held(&machine.region("ram0")?, PAGE)?;
     machine.finish()
-}
-
-/// One packet of the GDB remote protocol, `$text#checksum`, and the text of the reply.
-fn gdb_ask(gdb: &mut UnixStream, request: &str) -> Result<String> {
-    let sum = request.bytes().fold(0u8, u8::wrapping_add);
-    write!(gdb, "${request}#{sum:02x}")?;
-    let mut reply = Vec::new();
-    let mut byte = [0];
-    while reply.iter().rev().nth(2) != Some(&b'#') {
-        if gdb.read(&mut byte)? == 0 {
-            bail!("the debugger's connection ended");
-        }
-        reply.push(byte[0]);
-    }
-    gdb.write_all(b"+")?;
-    let text = String::from_utf8_lossy(&reply);
-    let start = text.find('$').context("no packet")? + 1;
-    Ok(text[start..text.len() - 3].to_owned())
 }

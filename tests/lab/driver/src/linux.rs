@@ -10,15 +10,17 @@ use anyhow::{Context, Result, ensure};
 
 use crate::Lab;
 use crate::host;
-use crate::machine::{Launch, Machine, PRIVATE, PrivateMemory};
+use crate::machine::{Extent, Launch, Machine, PRIVATE, PrivateMemory};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{RAM, Scenario, same};
+use crate::secrets::{self, Found, Secrets};
 
 pub fn all() -> Vec<Scenario> {
     vec![
         Scenario::private_linux("private-linux", private_linux),
         Scenario::private_linux("private-linux-disk", disk),
         Scenario::private_linux("private-linux-network", network),
+        Scenario::private_linux("private-linux-secrets", secrets),
     ]
 }
 
@@ -38,24 +40,40 @@ const LINUX: &str = "-smp 1 -bios /guest/loader.bin \
 const COMMAND_LINE: &str = "name=opt/privmem/cmdline,string=console=ttyS0 quiet panic=-1 \
     rdinit=/shell driven=1 i8042.noaux=1 private_guest swiotlb=4096,,force";
 
+/// The same Linux in memory that the host has, too.
+const PLAIN_LINUX: &str = "-smp 1 -m 256M -object memory-backend-memfd,id=ram0,size=256M \
+    -machine q35,memory-backend=ram0 \
+    -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd.gz -append";
+const PLAIN_COMMAND_LINE: &str =
+    "console=ttyS0 quiet panic=-1 rdinit=/shell driven=1 i8042.noaux=1";
+
 /// What a device needs that is to use the pool.
 const DEVICE: &str = "disable-legacy=on,iommu_platform=on";
+const GDB: &str = "/tmp/linux-gdb.sock";
 
 /// A machine whose Linux has come to its shell.
-struct Linux {
+pub struct Linux {
     machine: Machine,
     commands: u32,
 }
 
 impl Linux {
-    fn start(lab: &Lab, devices: &str) -> Result<Linux> {
-        let mut machine = Launch::kvm(lab)
-            .with(PRIVATE)
-            .with(LINUX)
-            .arg(COMMAND_LINE)
-            .with(devices)
-            .start()?;
-        machine.line("Linux's shell", |line| line == "private-linux ready")?;
+    /// One with private RAM.
+    pub fn private(lab: &Lab, devices: &str) -> Result<Linux> {
+        let launch = Launch::kvm(lab).with(PRIVATE).with(LINUX);
+        Linux::start(launch.arg(COMMAND_LINE), devices)
+    }
+
+    /// One without.
+    pub fn plain(lab: &Lab, devices: &str) -> Result<Linux> {
+        let launch = Launch::kvm(lab).with(PLAIN_LINUX);
+        Linux::start(launch.arg(PLAIN_COMMAND_LINE), devices)
+    }
+
+    fn start(launch: Launch, devices: &str) -> Result<Linux> {
+        let debugger = format!("-gdb unix:{GDB},server=on,wait=off");
+        let mut machine = launch.with(&debugger).with(devices).start()?;
+        machine.line("Linux's shell", |line| line == "linux ready")?;
         Ok(Linux {
             machine,
             commands: 0,
@@ -63,7 +81,7 @@ impl Linux {
     }
 
     /// Runs a shell command, which must succeed; gives what it prints.
-    fn run(&mut self, command: &str) -> Result<String> {
+    pub fn run(&mut self, command: &str) -> Result<String> {
         self.commands += 1;
         let mark = format!("@done-{}", self.commands);
         self.machine
@@ -76,24 +94,118 @@ impl Linux {
         Ok(output)
     }
 
-    /// More than 95 % of the RAM is private, nothing is held twice, and what the guest writes is on
-    /// the private side.
-    fn is_private(&mut self) -> Result<PrivateMemory> {
+    /// More than 95 % of the RAM is private, and nothing is held twice.
+    pub fn is_private(&mut self) -> Result<PrivateMemory> {
         let info = self.machine.region("ram0")?;
-        let percent = info.private as f64 * 100.0 / info.size as f64;
+        let percent = private_percent(&info);
         println!("  {percent:.1} % of {} MiB are private", info.size >> 20);
         ensure!(percent > 95.0, "only {percent:.1} % are private");
         same("held-twice", info.held_twice, Some(0))?;
         Ok(info)
     }
 
-    fn finish(self) -> Result<()> {
+    /// Both directions: the guest's checksum of a disk, and what the guest wrote.
+    pub fn uses(&mut self, disk: &Disk) -> Result<()> {
+        let read = self.run("sha256sum /dev/vda")?;
+        same("the disk's checksum", checksum(&read), disk.checksum()?)?;
+        self.run("dd if=/dev/urandom of=/dev/vda bs=64k seek=3 count=64 conv=fsync")?;
+        let written = self.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vda")?;
+        same("what the guest wrote", disk.checksum()?, checksum(&written))
+    }
+
+    /// A page that the guest made is fetched from the outer machine.
+    pub fn answers_over_network(&mut self) -> Result<()> {
+        host::run("ip addr add 10.9.0.1/24 dev tap0 && ip link set tap0 up")?;
+        self.run("ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; mkdir -p /www")?;
+        self.run("dd if=/dev/urandom of=/www/page bs=1k count=300 && httpd -h /www")?;
+        let made = self.run("sha256sum /www/page")?;
+        let page = fetch("10.9.0.2:80", "/page")?;
+        same("bytes of the page", page.len(), 300 << 10)?;
+        fs::write("/tmp/page", page)?;
+        let fetched = host::run("sha256sum /tmp/page")?;
+        same("the page", checksum(&fetched), checksum(&made))
+    }
+
+    /// Has the guest make secrets, and looks for them on all of the host's ways to its memory.
+    pub fn search(&mut self, count: usize) -> Result<Vec<Found>> {
+        self.run(&secrets::make(count))?;
+        let told = self.run(secrets::TELL)?;
+        let secrets = Secrets::told(&told)?;
+        same("secrets", secrets.count(), count)?;
+        let extents = match self.machine.private_memory()?.is_empty() {
+            true => vec![Extent::all_shared(RAM)],
+            false => self.machine.extents("ram0")?,
+        };
+        let found = secrets::search(&secrets, &mut self.machine, GDB, &extents)?;
+        same("the guest's secrets", self.run(secrets::TELL)?, told)?;
+        Ok(found)
+    }
+
+    pub fn finish(self) -> Result<()> {
         self.machine.power_off()
     }
 }
 
+pub fn private_percent(info: &PrivateMemory) -> f64 {
+    info.private as f64 * 100.0 / info.size as f64
+}
+
+/// A disk's image of random bytes; removed on drop.
+pub struct Disk;
+
+impl Disk {
+    const IMAGE: &str = "/tmp/linux-disk.img";
+
+    pub fn new() -> Result<Disk> {
+        let image = Disk::IMAGE;
+        host::run(&format!("dd if=/dev/urandom of={image} bs=1M count=16"))?;
+        Ok(Disk)
+    }
+
+    pub fn device(&self) -> String {
+        format!(
+            "-drive if=none,id=disk0,format=raw,file={} -device virtio-blk-pci,drive=disk0,{DEVICE}",
+            Disk::IMAGE
+        )
+    }
+
+    fn checksum(&self) -> Result<String> {
+        let line = host::run(&format!("sha256sum {}", Disk::IMAGE))?;
+        Ok(checksum(&line))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // The next one writes over it.
+        let _ = fs::remove_file(Disk::IMAGE);
+    }
+}
+
+pub fn network_device() -> String {
+    format!(
+        "-netdev tap,id=net0,ifname=tap0,script=no,downscript=no \
+         -device virtio-net-pci,netdev=net0,romfile=,{DEVICE}"
+    )
+}
+
+fn checksum(line: &str) -> String {
+    line.split_whitespace().next().unwrap_or_default().into()
+}
+
+fn fetch(server: &str, path: &str) -> Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(server)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    Ok(answer.split_off(end.context("an answer without a header")? + 4))
+}
+
+/// What the guest writes is on the private side.
 fn private_linux(lab: &Lab) -> Result<()> {
-    let mut linux = Linux::start(lab, "")?;
+    let mut linux = Linux::private(lab, "")?;
     let before = linux.is_private()?;
     println!(
         "  {}",
@@ -117,73 +229,36 @@ fn private_linux(lab: &Lab) -> Result<()> {
     linux.finish()
 }
 
-/// Both directions through the pool: the guest's checksum of a disk, and what the guest wrote.
 fn disk(lab: &Lab) -> Result<()> {
-    const DISK: &str = "/tmp/private-linux.img";
-    host::run("dd if=/dev/urandom of=/tmp/private-linux.img bs=1M count=16 2>/dev/null")?;
-    let expected = checksum(&host::run(&format!("sha256sum {DISK}"))?);
-    let mut linux = Linux::start(
-        lab,
-        &format!(
-            "-drive if=none,id=disk0,format=raw,file={DISK} \
-             -device virtio-blk-pci,drive=disk0,{DEVICE}"
-        ),
-    )?;
-    same(
-        "the disk's checksum",
-        checksum(&linux.run("sha256sum /dev/vda")?),
-        expected,
-    )?;
-    linux.run("dd if=/dev/urandom of=/dev/vda bs=64k seek=3 count=64 conv=fsync")?;
-    let expected = checksum(&linux.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vda")?);
-    same(
-        "what the guest wrote",
-        checksum(&host::run(&format!("sha256sum {DISK}"))?),
-        expected,
-    )?;
-    linux.is_private()?;
-    linux.finish()?;
-    fs::remove_file(DISK)?;
-    Ok(())
-}
-
-fn checksum(line: &str) -> String {
-    line.split_whitespace().next().unwrap_or_default().into()
-}
-
-/// A page that the guest made is fetched from the outer machine.
-fn network(lab: &Lab) -> Result<()> {
-    let mut linux = Linux::start(
-        lab,
-        &format!(
-            "-netdev tap,id=net0,ifname=tap0,script=no,downscript=no \
-             -device virtio-net-pci,netdev=net0,romfile=,{DEVICE}"
-        ),
-    )?;
-    host::run("ip addr add 10.9.0.1/24 dev tap0 && ip link set tap0 up")?;
-    linux.run("ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up")?;
-    linux.run(
-        "mkdir -p /www; dd if=/dev/urandom of=/www/page bs=1k count=300 2>/dev/null; httpd -h /www",
-    )?;
-    let expected = checksum(&linux.run("sha256sum /www/page")?);
-    let page = fetch("10.9.0.2:80", "/page")?;
-    same("bytes of the page", page.len(), 300 << 10)?;
-    fs::write("/tmp/page", page)?;
-    same(
-        "the page",
-        checksum(&host::run("sha256sum /tmp/page")?),
-        expected,
-    )?;
+    let disk = Disk::new()?;
+    let mut linux = Linux::private(lab, &disk.device())?;
+    linux.uses(&disk)?;
     linux.is_private()?;
     linux.finish()
 }
 
-fn fetch(server: &str, path: &str) -> Result<Vec<u8>> {
-    let mut stream = TcpStream::connect(server)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
-    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
-    Ok(answer.split_off(end.context("an answer without a header")? + 4))
+fn network(lab: &Lab) -> Result<()> {
+    let mut linux = Linux::private(lab, &network_device())?;
+    linux.answers_over_network()?;
+    linux.is_private()?;
+    linux.finish()
+}
+
+/// No way leads to a secret in private memory; each does where the same Linux has the memory that all
+/// guests have.
+fn secrets(lab: &Lab) -> Result<()> {
+    const COUNT: usize = 8;
+    let mut linux = Linux::private(lab, "")?;
+    for found in linux.search(COUNT)? {
+        println!("  {found}");
+        same(found.way, found.secrets, 0)?;
+    }
+    linux.is_private()?;
+    linux.finish()?;
+    let mut control = Linux::plain(lab, "")?;
+    for found in control.search(COUNT)? {
+        println!("  without private memory: {found}");
+        same(found.way, found.secrets, COUNT)?;
+    }
+    control.finish()
 }

@@ -607,6 +607,17 @@ pub struct Extent {
     pub private: bool,
 }
 
+impl Extent {
+    /// Memory of which nobody can make a part private.
+    pub fn all_shared(size: u64) -> Extent {
+        Extent {
+            offset: 0,
+            size,
+            private: false,
+        }
+    }
+}
+
 /// The part of what query-private-memory returns that lists extents.
 #[derive(Deserialize)]
 struct ExtentsPage {
