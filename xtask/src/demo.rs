@@ -13,15 +13,17 @@ use crate::qemu::Line;
 
 /// Fewer conversions by the guest would prove little.
 const CONVERSIONS: u64 = 1000;
+/// How many secrets the private Linux has.
+const SECRETS: u64 = 64;
 
 pub fn run(cx: &Context, line: Option<Line>, limit: Duration, json: bool) -> Result<ExitCode> {
     let lab = Lab::prepare(cx, line)?;
-    let mut demo = None;
+    let mut demo = Map::new();
     let mut problems = Vec::new();
     let boot = lab.boot(cx, "demo", "lab.run=demo", limit, |event| match event {
         Event::Log(line) if json => eprintln!("{line}"),
         Event::Log(line) => println!("{line}"),
-        Event::Demo(object) => demo = Some(object),
+        Event::Demo(part) => demo.extend(part),
         Event::Error(error) => problems.push(error),
         Event::Test(test) if test.result == Verdict::Failed => {
             problems.push(format!("{}: {}", test.name, test.why));
@@ -29,17 +31,12 @@ pub fn run(cx: &Context, line: Option<Line>, limit: Duration, json: bool) -> Res
         Event::Test(_) | Event::Bench(_) | Event::Exit(_) | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
-    match demo {
-        None => problems.push("the lab reported no demo".to_owned()),
-        Some(mut demo) => {
-            demo.insert("seconds".to_owned(), seconds(cx).into());
-            problems.extend(shortcomings(&demo));
-            if json {
-                println!("{}", serde_json::to_string(&demo)?);
-            } else if problems.is_empty() {
-                println!("demo: all of it as it should be, in {} s", demo["seconds"]);
-            }
-        }
+    problems.extend(shortcomings(&demo));
+    demo.insert("seconds".to_owned(), seconds(cx).into());
+    if json {
+        println!("{}", serde_json::to_string(&demo)?);
+    } else if problems.is_empty() {
+        println!("demo: all of it as it should be, in {} s", demo["seconds"]);
     }
     Ok(lab::verdict(&problems))
 }
@@ -82,11 +79,48 @@ fn shortcomings(demo: &Map<String, Value>) -> Vec<String> {
         (demo.contains_key("kernel"), "the kernel is not named"),
         (demo.contains_key("vm_type"), "the VM type is not named"),
     ];
-    checks
-        .into_iter()
-        .filter(|(holds, _)| !holds)
-        .map(|(_, problem)| problem.to_owned())
+    failing(checks)
+        .chain(shortcomings_of_linux(demo.get("linux")))
         .collect()
+}
+
+/// Those of the private Linux, which a kernel of the user's own need not have.
+fn shortcomings_of_linux(linux: Option<&Value>) -> Vec<String> {
+    let Some(Value::Object(linux)) = linux else {
+        return vec!["nothing is told of a Linux with private RAM".to_owned()];
+    };
+    if linux.contains_key("skipped") {
+        return Vec::new();
+    }
+    let number = |key: &str| linux.get(key).and_then(Value::as_u64);
+    let works = |key: &str| linux.get(key).and_then(Value::as_str) == Some("ok");
+    let percent = linux.get("private_percent").and_then(Value::as_f64);
+    failing([
+        (
+            percent > Some(95.0),
+            "95 % of Linux's RAM or less are private",
+        ),
+        (
+            number("held_twice_bytes") == Some(0),
+            "memory of Linux is held on both sides",
+        ),
+        (works("disk"), "Linux's disk does not work"),
+        (works("network"), "Linux's network does not work"),
+        (
+            number("secrets_found") == Some(0),
+            "the host found secrets of Linux",
+        ),
+        (
+            number("control_found") == Some(SECRETS),
+            "the search does not find all secrets where there is no private memory",
+        ),
+    ])
+    .collect()
+}
+
+fn failing<const N: usize>(checks: [(bool, &str); N]) -> impl Iterator<Item = String> {
+    let failing = checks.into_iter().filter(|(holds, _)| !holds);
+    failing.map(|(_, problem)| problem.to_owned())
 }
 
 #[cfg(test)]
@@ -100,6 +134,10 @@ mod tests {
             "kernel": "7.3.4", "vm_type": 1, "conversions": 1200, "failed": 0, "content_errors": 0,
             "held_twice_bytes": 0, "host_read_private": false, "host_read_shared": true,
             "memslots": [{"slot": 0, "guest_memfd": 9}],
+            "linux": {
+                "private_percent": 96.7, "held_twice_bytes": 0, "disk": "ok", "network": "ok",
+                "secrets_found": 0, "control_found": 64,
+            },
         });
         demo.as_object().cloned().context("it is an object")
     }
@@ -115,6 +153,25 @@ mod tests {
         let mut demo = sample()?;
         demo.insert("host_read_private".into(), true.into());
         assert_eq!(shortcomings(&demo), ["the host could read private memory"]);
+        Ok(())
+    }
+
+    #[test]
+    fn so_must_its_linux_unless_there_is_none() -> Result<()> {
+        let sample = sample()?;
+        let linux = sample["linux"].as_object().context("it is an object")?;
+        for key in linux.keys() {
+            let mut linux = linux.clone();
+            linux.remove(key);
+            let linux = linux.into();
+            assert_eq!(
+                shortcomings_of_linux(Some(&linux)).len(),
+                1,
+                "without {key}"
+            );
+        }
+        let skipped = serde_json::json!({"skipped": "no driver"});
+        assert_eq!(shortcomings_of_linux(Some(&skipped)), Vec::<String>::new());
         Ok(())
     }
 }

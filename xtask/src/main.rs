@@ -132,7 +132,7 @@ struct BootArgs {
     #[arg(long)]
     line: Option<Line>,
     /// Seconds after which a lab that is still running counts as hung
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 600)]
     timeout: u64,
 }
 

@@ -24,9 +24,10 @@ pub fn all() -> Vec<Scenario> {
     ]
 }
 
-/// The loader is there if the kernel has our driver.
-pub fn can_be_had() -> bool {
-    Path::new("/guest/loader.bin").exists()
+/// Why there is no such Linux. The loader is there if the kernel has our driver.
+pub fn missing() -> Option<&'static str> {
+    let there = Path::new("/guest/loader.bin").exists();
+    (!there).then_some("the lab's kernel was built without CONFIG_PRIVATE_GUEST")
 }
 
 /// All that KVM would write into a guest's memory by itself is off. Two vCPUs work as well, in twice
@@ -94,9 +95,13 @@ impl Linux {
         Ok(output)
     }
 
+    pub fn memory(&mut self) -> Result<PrivateMemory> {
+        self.machine.region("ram0")
+    }
+
     /// More than 95 % of the RAM is private, and nothing is held twice.
     pub fn is_private(&mut self) -> Result<PrivateMemory> {
-        let info = self.machine.region("ram0")?;
+        let info = self.memory()?;
         let percent = private_percent(&info);
         println!("  {percent:.1} % of {} MiB are private", info.size >> 20);
         ensure!(percent > 95.0, "only {percent:.1} % are private");

@@ -145,8 +145,7 @@ fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
         let why = format!("QEMU {} has no {guest}", lab.line);
         return verdict(scenario.name, "skipped", &why);
     }
-    if scenario.needs_private_linux && !linux::can_be_had() {
-        let why = "the lab's kernel was built without CONFIG_PRIVATE_GUEST";
+    if let Some(why) = linux::missing().filter(|_| scenario.needs_private_linux) {
         return verdict(scenario.name, "skipped", why);
     }
     match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {
