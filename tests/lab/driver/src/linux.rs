@@ -7,6 +7,7 @@ use std::net::TcpStream;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use crate::Lab;
 use crate::host;
@@ -54,7 +55,7 @@ const GDB: &str = "/tmp/linux-gdb.sock";
 
 /// A machine whose Linux has come to its shell.
 pub struct Linux {
-    machine: Machine,
+    pub machine: Machine,
     commands: u32,
 }
 
@@ -93,6 +94,28 @@ impl Linux {
             "the guest's '{command}' ended with {status}: {output}"
         );
         Ok(output)
+    }
+
+    /// Starts again by its own hand.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.machine.send("reboot -f")?;
+        self.comes_back(true)
+    }
+
+    /// As the host's operator has it.
+    pub fn reset(&mut self) -> Result<()> {
+        self.machine.qmp.call("system_reset", json!({}))?;
+        self.comes_back(false)
+    }
+
+    fn comes_back(&mut self, by_guest: bool) -> Result<()> {
+        self.machine.output("linux ready")?;
+        let reset = self.machine.qmp.event("RESET")?;
+        same(
+            "reset by the guest",
+            reset["guest"].as_bool(),
+            Some(by_guest),
+        )
     }
 
     pub fn memory(&mut self) -> Result<PrivateMemory> {

@@ -23,6 +23,7 @@ mod failure;
 mod gdb;
 mod host;
 mod launch;
+mod lifecycle;
 mod linux;
 mod machine;
 mod properties;
@@ -115,6 +116,7 @@ fn run_tests(lab: &Lab, names: &str) -> Result<()> {
     if names.split(',').any(|name| name == "all") {
         scenarios
             .iter()
+            .filter(|scenario| !scenario.on_request)
             .for_each(|scenario| run_scenario(lab, scenario));
         conformance::all()?
             .iter()

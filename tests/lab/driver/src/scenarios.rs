@@ -17,7 +17,9 @@ use crate::machine::{
 };
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
-use crate::{Lab, access, bench, cgroup, demo, docs, failure, host, launch, linux, properties};
+use crate::{
+    Lab, access, bench, cgroup, demo, docs, failure, host, launch, lifecycle, linux, properties,
+};
 use Side::{Private, Shared};
 
 pub struct Scenario {
@@ -28,6 +30,8 @@ pub struct Scenario {
     pub needs_guest: Option<(&'static str, &'static str)>,
     /// Whether the kernel must know how to be a private guest.
     pub needs_private_linux: bool,
+    /// Whether it runs only when it is named: it takes its time.
+    pub on_request: bool,
     test: Test,
 }
 
@@ -45,6 +49,7 @@ impl Scenario {
             needs_private: true,
             needs_guest: None,
             needs_private_linux: false,
+            on_request: false,
             test: Test::Function(function),
         }
     }
@@ -70,6 +75,14 @@ impl Scenario {
         }
     }
 
+    /// Not one of those that run when all do.
+    pub const fn on_request(self) -> Scenario {
+        Scenario {
+            on_request: true,
+            ..self
+        }
+    }
+
     /// For any KVM.
     const fn plain(name: &'static str, function: Function) -> Scenario {
         Scenario {
@@ -92,6 +105,7 @@ pub fn all() -> Vec<Scenario> {
         needs_private: true,
         needs_guest: None,
         needs_private_linux: false,
+        on_request: false,
         test: Test::Refusal(refusal),
     });
     let mut list = vec![
@@ -137,6 +151,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(failure::all());
     list.extend(bench::all());
     list.extend(linux::all());
+    list.extend(lifecycle::all());
     list.extend(refusals);
     list.push(Scenario::new("documented-commands", docs::run));
     list.push(Scenario::new("demo", demo::run));
