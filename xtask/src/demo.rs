@@ -31,12 +31,16 @@ pub fn run(cx: &Context, line: Option<Line>, limit: Duration, json: bool) -> Res
         Event::Test(_) | Event::Bench(_) | Event::Exit(_) | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
-    problems.extend(shortcomings(&demo));
-    demo.insert("seconds".to_owned(), seconds(cx).into());
-    if json {
-        println!("{}", serde_json::to_string(&demo)?);
-    } else if problems.is_empty() {
-        println!("demo: all of it as it should be, in {} s", demo["seconds"]);
+    if demo.is_empty() {
+        problems.push("the lab reported no demo".to_owned());
+    } else {
+        problems.extend(shortcomings(&demo));
+        demo.insert("seconds".to_owned(), seconds(cx).into());
+        if json {
+            println!("{}", serde_json::to_string(&demo)?);
+        } else if problems.is_empty() {
+            println!("demo: all of it as it should be, in {} s", demo["seconds"]);
+        }
     }
     Ok(lab::verdict(&problems))
 }
