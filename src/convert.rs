@@ -13,9 +13,11 @@
 //! even that, the state map follows the kernel and the error says how much.
 
 use std::cell::Cell;
+use std::convert::Infallible;
+use std::ops::Deref;
 use std::sync::atomic::Ordering;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use crate::agent::{InitialPages, PageType};
 use crate::error::{Error, Result};
@@ -23,7 +25,7 @@ use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeGuard;
 use crate::region::Region;
 use crate::state::Side;
-use crate::vm::{Bindings, Vm, overlapping, seen};
+use crate::vm::{Binding, Bindings, Vm, overlapping, seen};
 
 /// At most this many bytes in one call into the kernel, which holds its
 /// memory-slot lock meanwhile.
@@ -38,8 +40,31 @@ const STEP_BYTES: u64 = 1 << 30;
 /// does so for a reason that trying again will not remove.
 const HOPELESS_FAULTS: u32 = 1000;
 
-/// The parts of a request: most have one, and more than two cost an allocation.
-type Segments<'a> = SmallVec<[Segment<'a>; 2]>;
+/// The parts of a request: as a rule there is one; more than two cost an
+/// allocation.
+enum Segments<'a> {
+    One([Segment<'a>; 1]),
+    Any(SmallVec<[Segment<'a>; 2]>),
+}
+
+impl<'a> Deref for Segments<'a> {
+    type Target = [Segment<'a>];
+
+    #[inline]
+    fn deref(&self) -> &[Segment<'a>] {
+        match self {
+            Segments::One(only) => only,
+            Segments::Any(all) => all,
+        }
+    }
+}
+
+/// What keeps others away from the parts of a request, for as long as it lives.
+#[expect(dead_code, reason = "kept to be dropped")]
+enum Guards<'a> {
+    One(RangeGuard<'a>),
+    Any(SmallVec<[RangeGuard<'a>; 2]>),
+}
 
 /// A part of a request: one region, contiguous on both sides.
 #[derive(Clone, Copy)]
@@ -51,28 +76,18 @@ struct Segment<'a> {
 }
 
 impl<'a> Segment<'a> {
-    /// Calls `visit` with each piece that is not on `to` yet, until it fails.
-    fn try_each_change<E>(
-        &self,
-        to: Side,
-        mut visit: impl FnMut(Segment<'a>) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
-        for run in self.region.runs_on(to.other(), self.offsets) {
-            for piece in run.pieces(PIECE) {
-                // Freed by one call each, all or nothing, wherever they lie.
-                for (offsets, _) in self.region.placed(Side::Private, piece) {
-                    visit(self.part(offsets))?;
-                }
-            }
-        }
-        Ok(())
-    }
-
+    #[inline(always)]
     fn is_on(&self, side: Side) -> bool {
-        let mut other = self.region.runs_on(side.other(), self.offsets);
-        other.next().is_none()
+        self.first_on(side.other()).is_none()
     }
 
+    #[inline(always)]
+    fn first_on(&self, side: Side) -> Option<Range> {
+        let run = self.region.state.first_on(side, self.offsets.granules());
+        run.map(Range::from_granules)
+    }
+
+    #[inline(always)]
     fn part(&self, offsets: Range) -> Segment<'a> {
         let gpa = self.gpa;
         Segment {
@@ -82,24 +97,29 @@ impl<'a> Segment<'a> {
         }
     }
 
+    #[inline(always)]
     fn switch(&self, to: Side) -> Result<()> {
         let vm = &self.region.vm;
         vm.switch(self.region, self.offsets, self.gpa, to)
     }
 
+    #[inline(always)]
     fn punch(&self, side: Side) -> Result<()> {
         self.region.punch(side, self.offsets)
     }
 
+    #[inline(always)]
     fn clear(&self, side: Side) -> Result<()> {
         self.region.clear(side, self.offsets)
     }
 
+    #[inline(always)]
     fn allocate(&self, side: Side) -> Result<()> {
         self.region.allocate(side, self.offsets)
     }
 
     /// Asks the agent, who knows memory by where the guest sees it.
+    #[inline(always)]
     fn before(&self, to: Side) -> Result<()> {
         match self.gpa {
             Some(gpa) => self.region.vm.agent.before_convert(gpa, to),
@@ -107,20 +127,24 @@ impl<'a> Segment<'a> {
         }
     }
 
+    #[inline(always)]
     fn after(&self, side: Side) {
         if let Some(gpa) = self.gpa {
             self.region.vm.agent.after_convert(gpa, side);
         }
     }
 
+    #[inline(always)]
     fn discard(&self) {
         self.region.listeners.discard(self.offsets);
     }
 
+    #[inline(always)]
     fn populate(&self) -> Result<()> {
         self.region.listeners.populate(self.offsets)
     }
 
+    #[inline(always)]
     fn publish(&self, side: Side) {
         self.region.state.set(self.offsets.granules(), side);
         match side {
@@ -337,17 +361,21 @@ fn check_source(source: Option<&[u8]>, request: Range, page_type: PageType) -> R
 }
 
 /// The parts of `request` that are bound, in order of guest-physical address.
-fn resolve(bindings: &Bindings, request: Range) -> Segments<'_> {
-    overlapping(bindings, request)
-        .filter_map(|binding| {
-            let gpa = binding.gpa.intersection(&request)?;
-            Some(Segment {
-                region: &binding.region,
-                offsets: gpa.rebase(binding.gpa.start(), binding.offset),
-                gpa: Some(gpa),
-            })
-        })
-        .collect()
+#[inline(always)]
+fn resolve<'b>(bindings: &'b Bindings, request: Range) -> Segments<'b> {
+    // Each has some of it.
+    let segment = |binding: &'b Binding| {
+        let gpa = binding.gpa.intersection(&request).unwrap_or(request);
+        Segment {
+            region: &binding.region,
+            offsets: gpa.rebase(binding.gpa.start(), binding.offset),
+            gpa: Some(gpa),
+        }
+    };
+    match overlapping(bindings, request) {
+        [only] => Segments::One([segment(only)]),
+        all => Segments::Any(all.iter().map(segment).collect()),
+    }
 }
 
 fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
@@ -371,7 +399,9 @@ fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
 /// is left for the next one.
 fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
-    let (step, rest) = Step::of(segments, to);
+    let Some((step, rest)) = Step::of(segments, to) else {
+        return Ok(None);
+    };
     if to == Side::Private {
         step.each(|_, change| change.discard());
     }
@@ -388,77 +418,127 @@ fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     }
 }
 
+/// The pieces of a request that are not on `to` yet, in order.
+#[derive(Clone)]
+struct Changes<'s, 'a> {
+    segments: std::slice::Iter<'s, Segment<'a>>,
+    to: Side,
+    /// What is left of the segment that is looked through.
+    rest: Option<Segment<'a>>,
+}
+
+impl<'s, 'a> Changes<'s, 'a> {
+    fn of(segments: &'s [Segment<'a>], to: Side) -> Changes<'s, 'a> {
+        Changes {
+            segments: segments.iter(),
+            to,
+            rest: None,
+        }
+    }
+
+    fn is_at_end(&self) -> bool {
+        self.rest.is_none() && self.segments.as_slice().is_empty()
+    }
+
+    /// [`Changes::next`], kept out of the way of those who need no second piece.
+    #[inline(never)]
+    fn next_of_many(&mut self) -> Option<Segment<'a>> {
+        self.next()
+    }
+}
+
+impl<'a> Iterator for Changes<'_, 'a> {
+    type Item = Segment<'a>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Segment<'a>> {
+        loop {
+            let rest = match self.rest.take() {
+                Some(rest) => rest,
+                None => *self.segments.next()?,
+            };
+            if let Some(run) = rest.first_on(self.to.other()) {
+                // Freed by one call each, all or nothing, wherever they lie.
+                let piece = rest.region.places.in_one_place(run.head(PIECE));
+                let [_, after] = rest.offsets.without(&piece);
+                self.rest = after.map(|after| rest.part(after));
+                return Some(rest.part(piece));
+            }
+        }
+    }
+}
+
 /// The first pieces of a request that are not on `to` yet. They stay the same
 /// while the request's ranges are locked, until it publishes; a piece that is
-/// published changes none of those that follow. So nothing is kept, and they
-/// are found anew for each phase: a request may have as many pieces as a guest
-/// likes.
+/// published changes none of those that follow. So but for the first one, and
+/// most steps have no other, they are not kept but found anew for each phase: a
+/// request may have as many pieces as a guest likes.
 struct Step<'s, 'a> {
-    segments: &'s [Segment<'a>],
     to: Side,
     pieces: usize,
-    /// Most steps have no other: it is not searched for again.
-    first: Option<Segment<'a>>,
+    first: Segment<'a>,
+    /// Begins with the second one, and goes on after the last.
+    others: Changes<'s, 'a>,
 }
 
 impl<'s, 'a> Step<'s, 'a> {
-    /// What of a request makes one step, and the piece after it.
-    fn of(segments: &'s [Segment<'a>], to: Side) -> (Step<'s, 'a>, Option<Segment<'a>>) {
-        let mut bytes = 0;
+    /// What of a request makes one step, and the piece after it; `None` if nothing
+    /// is to be changed.
+    #[inline(always)]
+    fn of(segments: &'s [Segment<'a>], to: Side) -> Option<(Step<'s, 'a>, Option<Segment<'a>>)> {
+        let mut others = Changes::of(segments, to);
         let mut step = Step {
-            segments,
             to,
-            pieces: 0,
-            first: None,
+            pieces: 1,
+            first: others.next()?,
+            others,
         };
-        let whole = segments.iter().try_for_each(|segment| {
-            segment.try_each_change(to, |change| {
-                bytes += change.offsets.len();
-                // Taking memory takes its time.
-                let limit = if change.region.allocates(to) {
-                    PIECE
-                } else {
-                    STEP_BYTES
-                };
-                if step.pieces == STEP_PIECES || (bytes > limit && step.pieces > 0) {
-                    return Err(change);
-                }
-                step.pieces += 1;
-                step.first.get_or_insert(change);
-                Ok(())
-            })
-        });
-        (step, whole.err())
+        let rest = match step.others.is_at_end() {
+            true => None,
+            false => step.fill(),
+        };
+        Some((step, rest))
+    }
+
+    /// Takes as many pieces as there may be, and returns the one after them.
+    fn fill(&mut self) -> Option<Segment<'a>> {
+        let mut bytes = self.first.offsets.len();
+        self.others.clone().find(|change| {
+            bytes += change.offsets.len();
+            // Taking memory takes its time.
+            let limit = match change.region.allocates(self.to) {
+                true => PIECE,
+                false => STEP_BYTES,
+            };
+            let is_full = self.pieces == STEP_PIECES || bytes > limit;
+            self.pieces += usize::from(!is_full);
+            is_full
+        })
     }
 
     /// Calls `phase` with each piece and its number, until it fails.
-    fn try_each(&self, mut phase: impl FnMut(usize, Segment<'a>) -> Result<()>) -> Result<()> {
-        match (self.pieces, self.first) {
-            (_, None) => return Ok(()),
-            (1, Some(only)) => return phase(0, only),
-            _ => {}
+    #[inline(always)]
+    fn try_each<E>(
+        &self,
+        mut phase: impl FnMut(usize, &Segment<'a>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let mut change = self.first;
+        let mut others = None;
+        for number in 0..self.pieces {
+            if number > 0 {
+                let others = others.get_or_insert_with(|| self.others.clone());
+                change = others.next_of_many().unwrap_or(change);
+            }
+            phase(number, &change)?;
         }
-        let mut number = 0;
-        let done = self.segments.iter().try_for_each(|segment| {
-            segment.try_each_change(self.to, |change| {
-                phase(number, change).map_err(Some)?;
-                number += 1;
-                match number == self.pieces {
-                    true => Err(None),
-                    false => Ok(()),
-                }
-            })
-        });
-        match done {
-            Err(Some(error)) => Err(error),
-            Ok(()) | Err(None) => Ok(()),
-        }
+        Ok(())
     }
 
-    fn each(&self, mut phase: impl FnMut(usize, Segment<'a>)) {
-        let _ = self.try_each(|number, change| {
+    #[inline(always)]
+    fn each(&self, mut phase: impl FnMut(usize, &Segment<'a>)) {
+        let Ok(()) = self.try_each(|number, change| {
             phase(number, change);
-            Ok(())
+            Ok::<(), Infallible>(())
         });
     }
 }
@@ -502,23 +582,24 @@ fn convert(step: &Step, done: &mut Done) -> Result<()> {
 
 /// Locks all segments, region by region in one order, so that two requests
 /// cannot wait for each other.
-fn lock<'a>(segments: &[Segment<'a>]) -> SmallVec<[RangeGuard<'a>; 2]> {
+#[inline(always)]
+fn lock<'a>(segments: &[Segment<'a>]) -> Guards<'a> {
     let locked = |s: &Segment<'a>| s.region.locked(s.offsets);
     if let [only] = segments {
-        return smallvec![only.region.lock.acquire(locked(only))];
+        return Guards::One(only.region.lock.acquire(locked(only)));
     }
-    let mut ordered = Segments::from_slice(segments);
+    let mut ordered: SmallVec<[_; 2]> = SmallVec::from_slice(segments);
     ordered.sort_by_key(|s| s.region.serial);
-    ordered
-        .chunk_by(|a, b| a.region.serial == b.region.serial)
-        .map(|own| {
-            let ranges = own.iter().map(locked).collect();
-            own[0].region.lock.acquire_all(ranges)
-        })
-        .collect()
+    let regions = ordered.chunk_by(|a, b| a.region.serial == b.region.serial);
+    let guards = regions.map(|own| {
+        let ranges = own.iter().map(locked).collect();
+        own[0].region.lock.acquire_all(ranges)
+    });
+    Guards::Any(guards.collect())
 }
 
 /// Undoes what a step has done, and wraps `cause` if anything is not as it was.
+#[cold]
 fn undo(step: &Step, done: &Done, cause: Error) -> Error {
     let to = step.to;
     let (mut contents_lost, mut stuck, mut unmapped) = (0, 0, 0);
@@ -573,19 +654,18 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
 
 /// Counts the request for each region of which it is done up to `end`.
 fn count(segments: &[Segment], end: u64, ok: bool) {
-    let mut serials: SmallVec<[u64; 2]> = SmallVec::new();
-    for segment in segments {
+    for (number, segment) in segments.iter().enumerate() {
         let region = segment.region;
         let open = segment.gpa.is_some_and(|gpa| gpa.end() > end);
-        if serials.contains(&region.serial) {
+        let mut before = segments[..number].iter();
+        if before.any(|other| other.region.serial == region.serial) {
             continue;
         }
-        serials.push(region.serial);
         region.requests.add_one();
         match (open, ok) {
-            (true, _) => region.unfinished.add_one(),
-            (false, false) => region.failed.add_one(),
-            (false, true) => {}
-        }
+            (true, _) => region.unfinished.fetch_add(1, Ordering::Relaxed),
+            (false, false) => region.failed.fetch_add(1, Ordering::Relaxed),
+            (false, true) => 0,
+        };
     }
 }

@@ -190,7 +190,7 @@ impl Vm {
     pub fn memory_failure(&self, gpa: u64, side: Side, retire: bool) -> Result<Failure> {
         let at = Range::new(gpa & !(GRANULE - 1), GRANULE)?;
         let bindings = self.bindings();
-        let binding = overlapping(&bindings, at).next();
+        let binding = overlapping(&bindings, at).first();
         let binding = binding.ok_or(Error::NotBound(at))?;
         let offset = at.rebase(binding.gpa.start(), binding.offset).start();
         binding.region.fail(&bindings, offset, side, retire)

@@ -86,20 +86,31 @@ impl Listeners {
         list.clear();
     }
 
+    #[inline(always)]
     pub(crate) fn discard(&self, offsets: Range) {
-        if !self.used.load(Ordering::Relaxed) {
-            return;
+        if self.used.load(Ordering::Relaxed) {
+            self.discard_for_all(offsets);
         }
+    }
+
+    #[inline(never)]
+    fn discard_for_all(&self, offsets: Range) {
         for listener in self.all().iter() {
             listener.discard(offsets);
         }
     }
 
     /// All listeners map `offsets`, or none does.
+    #[inline(always)]
     pub(crate) fn populate(&self, offsets: Range) -> Result<()> {
-        if !self.used.load(Ordering::Relaxed) {
-            return Ok(());
+        match self.used.load(Ordering::Relaxed) {
+            true => self.populate_for_all(offsets),
+            false => Ok(()),
         }
+    }
+
+    #[inline(never)]
+    fn populate_for_all(&self, offsets: Range) -> Result<()> {
         let all = self.all();
         for (done, listener) in all.iter().enumerate() {
             if let Err(e) = listener.populate(offsets) {

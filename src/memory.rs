@@ -62,6 +62,7 @@ impl Vm {
         let request = Range::new(gpa, size)?;
         // Not locked meanwhile: memory slots may change.
         let wanted: Vec<Range> = overlapping(&self.bindings(), request)
+            .iter()
             .filter(|binding| binding.region.options.prefault)
             .filter_map(|binding| binding.gpa.intersection(&request))
             .collect();
@@ -125,10 +126,16 @@ impl Region {
     }
 
     /// Takes the memory of `offsets` on `side`, if that is wanted.
+    #[inline(always)]
     pub(crate) fn allocate(&self, side: Side, offsets: Range) -> Result<()> {
-        if !self.allocates(side) {
-            return Ok(());
+        match self.allocates(side) {
+            true => self.take_all(side, offsets),
+            false => Ok(()),
         }
+    }
+
+    #[cold]
+    fn take_all(&self, side: Side, offsets: Range) -> Result<()> {
         let mut parts = self.parts(side, offsets);
         parts.try_for_each(|part| self.take(&part))
     }
@@ -153,6 +160,7 @@ impl Region {
     }
 
     /// Frees what `side` holds of `offsets`, unless it is to be kept.
+    #[inline(always)]
     pub(crate) fn punch(&self, side: Side, offsets: Range) -> Result<()> {
         match self.keeps(side) {
             true => Ok(()),
@@ -163,20 +171,36 @@ impl Region {
     /// As [`Region::punch`], for the side that is entered: as a rule it holds
     /// nothing, which the kernel says in a fraction of the time that it takes to
     /// free nothing.
+    #[inline(always)]
     pub(crate) fn clear(&self, side: Side, offsets: Range) -> Result<()> {
         match self.keeps(side) {
             true => Ok(()),
-            false => self.try_each_place(side, offsets, Store::clear),
+            false => self.try_each_place(side, offsets, |store, offsets| store.clear(offsets)),
         }
     }
 
     /// Frees what `side` holds of `offsets`, wherever it lies.
+    #[inline(always)]
     pub(crate) fn free(&self, side: Side, offsets: Range) -> Result<()> {
-        self.try_each_place(side, offsets, Store::punch)
+        self.try_each_place(side, offsets, |store, offsets| store.punch(offsets))
     }
 
     /// Calls `work` for each place where `side` has any of `offsets`.
+    #[inline(always)]
     fn try_each_place(
+        &self,
+        side: Side,
+        offsets: Range,
+        work: impl Fn(&Store, Range) -> Result<()>,
+    ) -> Result<()> {
+        if side == Side::Shared || !self.places.are_used() {
+            return work(self.own_store(side), offsets);
+        }
+        self.try_each_of_some_places(side, offsets, work)
+    }
+
+    #[cold]
+    fn try_each_of_some_places(
         &self,
         side: Side,
         offsets: Range,
@@ -228,10 +252,15 @@ impl Region {
 
     /// Gives back the huge pages at the ends of `offsets` of which nothing is
     /// shared any more. (Those in between went when `offsets` was punched.)
+    #[inline(always)]
     pub(crate) fn punch_huge_pages(&self, offsets: Range) {
-        let Some(unit) = self.options.huge_page else {
-            return;
-        };
+        if let Some(unit) = self.options.huge_page {
+            self.punch_ends(offsets, unit);
+        }
+    }
+
+    #[cold]
+    fn punch_ends(&self, offsets: Range, unit: u64) {
         let [first, last] = [offsets.first(), offsets.last()].map(|end| end.widened(unit));
         for page in [Some(first), (last != first).then_some(last)]
             .into_iter()

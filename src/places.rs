@@ -69,13 +69,27 @@ pub(crate) struct Places {
 }
 
 impl Places {
+    #[inline]
+    pub(crate) fn are_used(&self) -> bool {
+        self.used.load(Ordering::Acquire)
+    }
+
     /// The part at the start of `offsets` that lies in one place; without a
     /// place where that is home.
     #[inline]
     fn first(&self, offsets: Range) -> (Range, Option<Part>) {
-        match self.used.load(Ordering::Acquire) {
+        match self.are_used() {
             false => (offsets, None),
             true => self.first_of_some(offsets),
+        }
+    }
+
+    /// As much of the start of `offsets` as lies in one place.
+    #[inline]
+    pub(crate) fn in_one_place(&self, offsets: Range) -> Range {
+        match self.are_used() {
+            false => offsets,
+            true => self.first_of_some(offsets).0,
         }
     }
 
@@ -98,10 +112,8 @@ impl Places {
     }
 
     /// Forgets what of `offsets` lies elsewhere, and returns it.
+    #[cold]
     pub(crate) fn remove(&self, offsets: Range) -> Vec<Part> {
-        if !self.used.load(Ordering::Acquire) {
-            return Vec::new();
-        }
         let mut parts = self.parts.write().unwrap_or_else(PoisonError::into_inner);
         let overlapping = parts.range(..offsets.end()).rev();
         let overlapping: Vec<Part> = overlapping
@@ -196,9 +208,11 @@ impl Region {
 
     /// What of `offsets` lies elsewhere is at home from now on; its contents are
     /// gone.
+    #[inline(always)]
     pub(crate) fn forget_places(&self, offsets: Range) {
-        for part in self.places.remove(offsets) {
-            self.release(&part);
+        if self.places.are_used() {
+            let parts = self.places.remove(offsets);
+            parts.iter().for_each(|part| self.release(part));
         }
     }
 

@@ -23,17 +23,19 @@ pub struct Range {
 impl Range {
     /// `size` bytes from `start`; refuses what is unaligned, empty or wraps.
     pub fn new(start: u64, size: u64) -> Result<Range> {
-        for (what, value) in [("address", start), ("size", size)] {
-            if !value.is_multiple_of(GRANULE) {
-                return Err(Error::Unaligned { what, value });
-            }
+        if !(start | size).is_multiple_of(GRANULE) {
+            let (what, value) = match start.is_multiple_of(GRANULE) {
+                false => ("address", start),
+                true => ("size", size),
+            };
+            return Err(Error::Unaligned { what, value });
         }
         if size == 0 {
             return Err(Error::Empty { start });
         }
-        let end = start
-            .checked_add(size)
-            .ok_or(Error::Overflow { start, size })?;
+        let Some(end) = start.checked_add(size) else {
+            return Err(Error::Overflow { start, size });
+        };
         Ok(Range { start, end })
     }
 
@@ -105,12 +107,21 @@ impl Range {
         }
     }
 
+    /// As much from the start as has at most `limit` bytes (a multiple of the
+    /// granule).
+    pub(crate) fn head(&self, limit: u64) -> Range {
+        Range {
+            end: self.end.min(self.start.saturating_add(limit)),
+            ..*self
+        }
+    }
+
     /// The range with what it lacks to whole units of `unit` bytes, a power of
     /// two; for offsets into a region whose size is a multiple of it.
     pub(crate) fn widened(&self, unit: u64) -> Range {
         Range {
             start: self.start & !(unit - 1),
-            end: self.end.next_multiple_of(unit),
+            end: ((self.end - 1) | (unit - 1)) + 1,
         }
     }
 

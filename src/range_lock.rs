@@ -26,7 +26,8 @@ const STRIPES: usize = 16;
 /// waits for somebody who waits in a later one if at all: so none waits in a
 /// circle.
 pub struct RangeLock {
-    unit: u64,
+    /// Bits of an address within a unit.
+    unit_bits: u32,
     stripes: [CachePadded<Stripe>; STRIPES],
 }
 
@@ -114,12 +115,13 @@ impl RangeLock {
     /// For requests of about `huge_page` bytes or less, a power of two.
     pub fn new(huge_page: u64) -> RangeLock {
         RangeLock {
-            unit: huge_page.max(UNIT),
+            unit_bits: huge_page.max(UNIT).ilog2(),
             stripes: Default::default(),
         }
     }
 
     /// As [`RangeLock::acquire_all`], for one range.
+    #[inline(always)]
     pub fn acquire(&self, range: Range) -> RangeGuard<'_> {
         let stripes = self.stripes_of(&range);
         if let (true, Some(alone)) = (stripes.is_power_of_two(), Alone::new(&range)) {
@@ -146,13 +148,17 @@ impl RangeLock {
         // Neighbours, and the same places in the halves of a guest, are kept apart
         // as a rule: threads that walk through their halves seldom meet.
         let stripe = |unit: u64| unit.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - STRIPES.ilog2());
-        let (first, last) = (range.start() / self.unit, (range.end() - 1) / self.unit);
+        let (first, last) = (
+            range.start() >> self.unit_bits,
+            (range.end() - 1) >> self.unit_bits,
+        );
         match last - first {
             0..64 => (first..=last).fold(0, |bits, unit| bits | 1 << stripe(unit)),
             _ => u16::MAX,
         }
     }
 
+    #[cold]
     fn queue_up(&self, ranges: Ranges, stripes: u16) -> RangeGuard<'_> {
         for stripe in self.stripes(stripes) {
             stripe.enter(&ranges);
@@ -235,6 +241,7 @@ impl Stripe {
 }
 
 impl Drop for RangeGuard<'_> {
+    #[inline(always)]
     fn drop(&mut self) {
         match &self.held {
             Held::Alone(stripe, alone) => self.lock.stripes[*stripe].leave_alone(*alone),

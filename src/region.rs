@@ -1,6 +1,6 @@
 //! One memory backend: its stores, its state map, its range lock, its counters.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::counter::Counter;
@@ -68,8 +68,8 @@ pub struct Region {
     /// Requests that touched this region, and of these those that failed and
     /// those that wait to be called again: one counter to raise for the others.
     pub(crate) requests: Counter,
-    pub(crate) failed: Counter,
-    pub(crate) unfinished: Counter,
+    pub(crate) failed: AtomicU64,
+    pub(crate) unfinished: AtomicU64,
     pub(crate) failures: Failures,
 }
 
@@ -160,8 +160,8 @@ impl Region {
             lock: RangeLock::new(options.huge_page.unwrap_or(GRANULE)),
             listeners: Listeners::default(),
             requests: Counter::default(),
-            failed: Counter::default(),
-            unfinished: Counter::default(),
+            failed: AtomicU64::default(),
+            unfinished: AtomicU64::default(),
             failures: Failures::default(),
         }))
     }
@@ -296,7 +296,8 @@ impl Region {
     /// the figures are of slightly different moments.
     pub fn info(&self) -> Info {
         let private = self.state.count_private(self.size.granules()) as u64 * GRANULE;
-        let (failed, unfinished) = (self.failed.get(), self.unfinished.get());
+        let [failed, unfinished] =
+            [&self.failed, &self.unfinished].map(|count| count.load(Ordering::Relaxed));
         Info {
             size: self.size(),
             private,

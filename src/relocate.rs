@@ -131,7 +131,7 @@ impl Vm {
 impl<'a> Request<'a> {
     fn new(bindings: &'a Bindings, gpa: Range, level: Level) -> Result<Request<'a>> {
         let found = overlapping(bindings, gpa.first())
-            .next()
+            .first()
             .and_then(|binding| {
                 let part = binding.gpa.intersection(&gpa)?;
                 Some((binding, part))

@@ -221,7 +221,7 @@ impl StateMap {
         let bits = &BitSlice::<u8, Lsb0>::from_slice(bytes)[..granules];
         for (index, word) in bits.chunks(WORD).enumerate() {
             let word = word.load_le::<u64>();
-            map.raise(index * WORD / BLOCK, word.count_ones() as usize);
+            map.add_to_count(index / BLOCK_WORDS, word.count_ones() as usize, true);
             map.words[index].store(word, Ordering::Relaxed);
         }
         Ok(map)
@@ -254,37 +254,60 @@ impl StateMap {
     }
 
     /// Puts `granules` on `side`, visible to readers word by word.
+    #[inline(always)]
     pub fn set(&self, granules: Range<usize>, side: Side) {
         assert!(granules.end <= self.granules);
         let sets = side != self.initial;
+        if let Some((index, mask)) = in_one_word(&granules) {
+            let changed = self.set_in_word(index, mask, sets);
+            return self.add_to_count(index / BLOCK_WORDS, changed, sets);
+        }
+        self.set_words(granules, sets);
+    }
+
+    #[inline(never)]
+    fn set_words(&self, granules: Range<usize>, sets: bool) {
         for part in split(granules, BLOCK) {
             let block = part.start / BLOCK;
-            let changed = words_of(part).map(|(index, mask)| {
-                let before = self.set_in_word(index, mask, sets);
-                (if sets { !before } else { before } & mask).count_ones() as usize
-            });
-            let changed = changed.sum();
-            match sets {
-                _ if changed == 0 => {}
-                true => self.raise(block, changed),
-                false => self.lower(block, changed),
-            }
+            let changed = words_of(part).map(|(index, mask)| self.set_in_word(index, mask, sets));
+            self.add_to_count(block, changed.sum(), sets);
         }
     }
 
-    /// Sets or clears bits of a word, and returns what it was.
-    fn set_in_word(&self, index: usize, mask: u64, sets: bool) -> u64 {
+    /// Sets or clears bits of a word; returns how many were not so.
+    #[inline]
+    fn set_in_word(&self, index: usize, mask: u64, sets: bool) -> usize {
         let word = &self.words[index];
-        if mask == u64::MAX {
-            // A whole word is the caller's alone.
-            let before = word.load(Ordering::Relaxed);
-            word.store(if sets { u64::MAX } else { 0 }, Ordering::Release);
-            return before;
-        }
-        match sets {
-            true => word.fetch_or(mask, Ordering::Release),
-            false => word.fetch_and(!mask, Ordering::Release),
-        }
+        let before = match (mask, sets) {
+            (u64::MAX, _) => {
+                // A whole word is the caller's alone.
+                let before = word.load(Ordering::Relaxed);
+                word.store(if sets { u64::MAX } else { 0 }, Ordering::Release);
+                before
+            }
+            (_, true) => word.fetch_or(mask, Ordering::Release),
+            (_, false) => word.fetch_and(!mask, Ordering::Release),
+        };
+        (if sets { !before } else { before } & mask).count_ones() as usize
+    }
+
+    /// The first of the runs of `granules` that are on `side`.
+    #[inline]
+    pub fn first_on(&self, side: Side, granules: Range<usize>) -> Option<Range<usize>> {
+        assert!(granules.end <= self.granules);
+        let Some((index, mask)) = in_one_word(&granules) else {
+            return self.first_in_words(side, granules);
+        };
+        let bits = self.word(index, side) & mask;
+        let start = index * WORD + bits.trailing_zeros() as usize;
+        let len = (bits >> (start % WORD)).trailing_ones() as usize;
+        (bits != 0).then_some(start..start + len)
+    }
+
+    #[inline(never)]
+    fn first_in_words(&self, side: Side, granules: Range<usize>) -> Option<Range<usize>> {
+        let mut runs = self.runs(granules);
+        runs.find(|run| run.side == side).map(|run| run.granules)
     }
 
     /// Number of private granules in `granules`.
@@ -345,14 +368,16 @@ impl StateMap {
         (lanes >> lane(block) & LANE) as usize
     }
 
-    fn raise(&self, block: usize, by: usize) {
+    /// Notes that so many granules of a block were set, or cleared.
+    #[inline]
+    fn add_to_count(&self, block: usize, changed: usize, sets: bool) {
         let lanes = &self.counts[block / LANES];
-        lanes.fetch_add((by as u64) << lane(block), Ordering::Release);
-    }
-
-    fn lower(&self, block: usize, by: usize) {
-        let lanes = &self.counts[block / LANES];
-        lanes.fetch_sub((by as u64) << lane(block), Ordering::Release);
+        let changed = (changed as u64) << lane(block);
+        match sets {
+            _ if changed == 0 => 0,
+            true => lanes.fetch_add(changed, Ordering::Release),
+            false => lanes.fetch_sub(changed, Ordering::Release),
+        };
     }
 
     /// The map as one line of at most `width` cells: `.` shared, `#` private,
@@ -393,10 +418,17 @@ fn split(granules: Range<usize>, unit: usize) -> impl Iterator<Item = Range<usiz
 
 /// The words that hold `granules`, each with the bits concerned.
 fn words_of(granules: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
-    split(granules, WORD).map(|part| {
-        let bits = u64::MAX >> (WORD - part.len()) << (part.start % WORD);
-        (part.start / WORD, bits)
-    })
+    split(granules, WORD).filter_map(|part| in_one_word(&part))
+}
+
+/// The word that holds all of `granules`, and the bits concerned; most requests
+/// are so small. `None` if there is no such word, or nothing in the range.
+#[inline]
+fn in_one_word(granules: &Range<usize>) -> Option<(usize, u64)> {
+    let (index, first) = (granules.start / WORD, granules.start % WORD);
+    let len = granules.len();
+    let fits = len != 0 && len <= WORD - first;
+    fits.then(|| (index, u64::MAX >> (WORD - len) << first))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::kernel::{FileFacts, Kernel, NumaPolicy};
@@ -20,6 +21,9 @@ pub struct Store {
     fd: OwnedFd,
     /// Of a file of the caller's.
     file: Option<FileFacts>,
+    /// Whether contents may be in it where memory is on the other side: for good if
+    /// others than the guest write there, and otherwise once some could not be freed.
+    has_leftovers: AtomicBool,
 }
 
 impl Store {
@@ -44,6 +48,7 @@ impl Store {
             kernel: kernel.clone(),
             fd,
             file: None,
+            has_leftovers: AtomicBool::new(true),
         }
     }
 
@@ -108,7 +113,10 @@ impl Store {
         let fd = kernel
             .create_guest_memfd(vm, size)
             .map_err(|e| Error::kernel("KVM_CREATE_GUEST_MEMFD", e))?;
-        Ok(Store::own(kernel, fd))
+        Ok(Store {
+            has_leftovers: AtomicBool::new(false),
+            ..Store::own(kernel, fd)
+        })
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -116,18 +124,26 @@ impl Store {
     }
 
     /// Frees the pages of `offsets`; they read zero from now on.
+    #[inline(always)]
     pub(crate) fn punch(&self, offsets: Range) -> Result<()> {
-        retry(|| self.kernel.punch_hole(self.fd(), offsets))
-            .map_err(|e| Error::kernel("fallocate(PUNCH_HOLE)", e))
+        retry(|| self.kernel.punch_hole(self.fd(), offsets)).map_err(|e| {
+            self.has_leftovers.store(true, Ordering::Release);
+            Error::kernel("fallocate(PUNCH_HOLE)", e)
+        })
     }
 
-    /// Punches where there is anything, or the kernel cannot tell: of a file on
-    /// a disk it tells only what is in memory.
+    /// Punches where there are contents, or the kernel cannot tell: of a file on
+    /// a disk it tells only what is in memory. (A fault that KVM began before memory
+    /// left a `guest_memfd` may take a page there afterwards. It reads zero: KVM finds
+    /// the change before it maps it; `kvm_gmem_get_pfn()` in virt/kvm/guest_memfd.c.)
+    #[inline(always)]
     pub(crate) fn clear(&self, offsets: Range) -> Result<()> {
-        match self.is_in_memory() && self.held(offsets) == Some(0) {
-            true => Ok(()),
-            false => self.punch(offsets),
+        if !self.has_leftovers.load(Ordering::Acquire)
+            || self.is_in_memory() && self.held(offsets) == Some(0)
+        {
+            return Ok(());
         }
+        self.punch(offsets)
     }
 
     /// Takes the pages of `offsets` that are not there yet, on the nodes that

@@ -56,10 +56,14 @@ impl Binding {
 pub(crate) type Bindings = Vec<Binding>;
 
 /// Those that have any part of `gpa`.
-pub(crate) fn overlapping(bindings: &Bindings, gpa: Range) -> impl Iterator<Item = &Binding> {
+#[inline]
+pub(crate) fn overlapping(bindings: &Bindings, gpa: Range) -> &[Binding] {
     let first = bindings.partition_point(|binding| binding.gpa.end() <= gpa.start());
-    let rest = bindings[first..].iter();
-    rest.take_while(move |binding| binding.gpa.start() < gpa.end())
+    let rest = &bindings[first..];
+    let after = rest
+        .iter()
+        .position(|binding| binding.gpa.start() >= gpa.end());
+    &rest[..after.unwrap_or(rest.len())]
 }
 
 /// What the guest sees of `offsets` of a region: each part, and where.
@@ -327,6 +331,7 @@ impl Vm {
     }
 
     /// `KVM_SET_MEMORY_ATTRIBUTES`; nothing to do without KVM.
+    #[inline(always)]
     pub(crate) fn set_attributes(&self, gpa: Range, side: Side) -> Result<()> {
         let Switch::Kvm(vm) = self.switch else {
             return Ok(());
@@ -341,6 +346,7 @@ impl Vm {
 
     /// Makes `side` what is reachable of `offsets`, which the guest sees at
     /// `gpa` if anywhere; every translation of the other side is gone on return.
+    #[inline(always)]
     pub(crate) fn switch(
         &self,
         region: &Region,
@@ -351,12 +357,16 @@ impl Vm {
         match (&self.switch, gpa, region.host_mapping()) {
             (Switch::Kvm(_), Some(gpa), _) => self.set_attributes(gpa, side),
             (Switch::Kvm(_), None, _) | (Switch::Mapping, _, None) => Ok(()),
-            (Switch::Mapping, _, Some(_)) => self
-                .map(region, offsets, side)
-                // Some kernels unmap the old side before they find that they
-                // cannot map the new one.
-                .inspect_err(|_| drop(self.map(region, offsets, side.other()))),
+            (Switch::Mapping, _, Some(_)) => self.switch_mapping(region, offsets, side),
         }
+    }
+
+    #[inline(never)]
+    fn switch_mapping(&self, region: &Region, offsets: Range, side: Side) -> Result<()> {
+        self.map(region, offsets, side)
+            // Some kernels unmap the old side before they find that they
+            // cannot map the new one.
+            .inspect_err(|_| drop(self.map(region, offsets, side.other())))
     }
 
     fn map(&self, region: &Region, offsets: Range, side: Side) -> Result<()> {

@@ -86,7 +86,7 @@ fn any_call_that_fails_is_undone_for_listeners_too() {
             assert_eq!(result.unwrap_err().errno(), libc::ENOSPC);
             number += 1;
         }
-        assert!(number > 10, "every kind of call was failed");
+        assert!(number >= 10, "every kind of call was failed");
     }
 }
 
