@@ -9,26 +9,16 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/mempolicy.h>
-#include <privmem.h>
 #include <pthread.h>
 #include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "check.h"
+
 #define PAGE 4096ull
 #define PAGES 64ull
-
-#define CHECK(what)                                                     \
-    do {                                                                \
-        if (!(what)) {                                                  \
-            fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__,     \
-                    #what, privmem_last_error());                       \
-            exit(1);                                                    \
-        }                                                               \
-    } while (0)
 
 static bool all_are(const unsigned char *page, int value)
 {
@@ -38,21 +28,6 @@ static bool all_are(const unsigned char *page, int value)
         }
     }
     return true;
-}
-
-/* All of a request, step by step. */
-static int convert(const struct privmem_vm *vm, uint64_t gpa, uint64_t size,
-                   bool to_private)
-{
-    uint64_t step = 0;
-    int ret;
-
-    do {
-        ret = privmem_vm_convert(vm, gpa, size, to_private, &step);
-        gpa += step;
-        size -= step;
-    } while (ret == 0 && size != 0);
-    return ret;
 }
 
 static void null_is_an_error(void)

@@ -12,27 +12,16 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <inttypes.h>
-#include <privmem.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 
 #include "../hostile/requests.h"
+#include "check.h"
 
 #define KiB (1ull << 10)
 #define MiB (1ull << 20)
-
-#define CHECK(what)                                                     \
-    do {                                                                \
-        if (!(what)) {                                                  \
-            fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__,     \
-                    #what, privmem_last_error());                       \
-            exit(1);                                                    \
-        }                                                               \
-    } while (0)
 
 static const struct hostile_field field = {
     .base = 16 * MiB,
@@ -52,22 +41,6 @@ struct vcpu {
     uint64_t requests, seed, granted, refused;
 };
 
-/* All of a request, step by step: each must get on. */
-static int convert(uint64_t gpa, uint64_t size, bool to_private)
-{
-    uint64_t step;
-    int ret;
-
-    do {
-        step = 0;
-        ret = privmem_vm_convert(vm, gpa, size, to_private, &step);
-        CHECK(ret != 0 || (step != 0 && step <= size));
-        gpa += step;
-        size -= step;
-    } while (ret == 0 && size != 0);
-    return ret;
-}
-
 static void *run_vcpu(void *opaque)
 {
     struct vcpu *vcpu = opaque;
@@ -80,7 +53,7 @@ static void *run_vcpu(void *opaque)
         int ret = -1;
 
         if (!__builtin_mul_overflow(request.pages, HOSTILE_PAGE, &size)) {
-            ret = convert(request.gpa, size, hostile_is_private(&request));
+            ret = convert(vm, request.gpa, size, hostile_is_private(&request));
         }
         if (!hostile_is_as_expected(expected, ret)) {
             fprintf(stderr, "seed %" PRIu64 ", request %" PRIu64 ": 0x%" PRIx64
