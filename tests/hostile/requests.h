@@ -74,9 +74,12 @@ static inline enum hostile_answer hostile_elsewhere(const struct hostile_request
 static inline enum hostile_answer hostile_next(uint64_t *state, const struct hostile_field *field,
 					       struct hostile_request *request)
 {
-	/* q35: ECAM, I/O APIC, HPET, local APIC, flash, the VGA window, option ROMs. */
+	/*
+	 * q35: ECAM, I/O APIC, HPET, local APIC, flash, option ROMs, the BIOS. Not the
+	 * VGA window: without a VGA there is RAM.
+	 */
 	static const uint64_t holes[] = {
-		0xb0000000, 0xfec00000, 0xfed00000, 0xfee00000, 0xffff0000, 0xa0000, 0xb8000,
+		0xb0000000, 0xfec00000, 0xfed00000, 0xfee00000, 0xffff0000, 0xc0000, 0xf0000,
 	};
 	uint64_t pages = field->size / HOSTILE_PAGE;
 	uint64_t first = hostile_draw(state, pages);

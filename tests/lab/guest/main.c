@@ -18,6 +18,16 @@
  *                                        private, shared ... in both halves   -> map N N ...
  *   overlap BASE PAGES COUNT SEED        two vCPUs convert the same pages     -> overlap ...
  *   chase BASE PAGES COUNT SEED          one converts what the other touches  -> chase ...
+ *   hostile BASE PAGES OWN SEED END PLUG PLUGGED
+ *                                        two vCPUs are to attack PAGES pages in
+ *                                        RAM that ends at END, and PLUGGED ones
+ *                                        at PLUG; OWN before BASE are filled,
+ *                                        half for each vCPU                   -> ok
+ *   attack COUNT                         COUNT requests of all kinds by each,
+ *                                        some for its own pages; ejects DIMM 0
+ *                                        now and then                         -> attack ...
+ *   calm                                 the attacked pages become private and
+ *                                        shared again; all is checked         -> calm ...
  *   shadow                               run from a copy of the ROM in RAM    -> ok
  *   pam REGISTER VALUE                   q35: what 768 KiB to 1 MiB leads to  -> ok
  *   remap BASE PAGES COUNT SEED          churn on one, pam on the other vCPU  -> remap ...
@@ -35,6 +45,7 @@
  *   exit STATUS                          leave through isa-debug-exit
  */
 #include "machine.h"
+#include "../../hostile/requests.h"
 
 enum {
 	WORDS = PAGE / 8,
@@ -42,6 +53,7 @@ enum {
 	LARGE = 512,			/* 2 MiB */
 	MAX_REMARKS = 8,
 	MAX_PLACES = 256,
+	MAX_WORDS = 8,			/* of a command */
 };
 
 /* ---- the serial line; only the boot CPU uses it ---- */
@@ -625,6 +637,135 @@ static void chase(u64 base, u64 pages, u64 count, u64 seed)
 	put("\n");
 }
 
+/* ---- DIMMs ---- */
+
+/* ACPI's registers for memory hotplug, where q35 has them. */
+enum {
+	DIMM_SELECT = 0xa00,
+	DIMM_CONTROL = 0xa14,
+	DIMM_EJECT = 1 << 3,
+};
+
+/* Says that we do without the DIMM that the VMM wants back. */
+static void eject(u32 slot)
+{
+	outl(DIMM_SELECT, slot);
+	outb(DIMM_CONTROL, DIMM_EJECT);
+}
+
+/* ---- a hostile guest ---- */
+
+/*
+ * Both vCPUs send requests of all kinds for the same field, and write there. In
+ * between each converts pages of its own, whose sides and contents nothing that
+ * is asked for others may change.
+ */
+static struct hostile_field field;
+
+static struct attacker {
+	u64 random, granted, refused, wrong;
+	struct { struct hostile_request what; int64_t ret; } remarks[MAX_REMARKS];
+} attackers[2];
+
+static void hostile(const u64 a[])
+{
+	field = (struct hostile_field){
+		.base = a[0],
+		.size = a[1] * PAGE,
+		.ram_end = a[4],
+		.plug_base = a[5],
+		.plug_size = a[6] * PAGE,
+	};
+	churn_halves(a[0] - a[2] * PAGE, a[2], a[3]);
+	for (int cpu = 0; cpu < 2; cpu++)
+		attackers[cpu] = (struct attacker){ .random = 2 * a[3] + 1 + cpu };
+}
+
+static void ask_for_anything(struct attacker *attacker)
+{
+	struct hostile_request request;
+	enum hostile_answer expected = hostile_next(&attacker->random, &field, &request);
+	int64_t ret = hypercall(HC_MAP_GPA_RANGE, request.gpa, request.pages, request.attributes);
+
+	attacker->granted += ret == 0;
+	attacker->refused += ret != 0;
+	if (hostile_is_as_expected(expected, ret))
+		return;
+	if (attacker->wrong < MAX_REMARKS) {
+		attacker->remarks[attacker->wrong].what = request;
+		attacker->remarks[attacker->wrong].ret = ret;
+	}
+	attacker->wrong++;
+}
+
+static void attack_side(int cpu, u64 count)
+{
+	struct attacker *attacker = &attackers[cpu];
+
+	while (count--) {
+		if (draw(&attacker->random, 8) == 0)
+			churn_step(&churns[cpu]);
+		else
+			ask_for_anything(attacker);
+		*(volatile u64 *)(field.base + draw(&attacker->random, field.size / 8) * 8) = count;
+		if (cpu == 0 && draw(&attacker->random, 64) == 0)
+			eject(0);
+	}
+}
+
+static void attack_first(u64 count)
+{
+	attack_side(0, count);
+}
+
+static void attack_second(u64 count)
+{
+	attack_side(1, count);
+}
+
+static void attack_remarks(const struct attacker *attacker)
+{
+	for (u64 i = 0; i < attacker->wrong && i < MAX_REMARKS; i++) {
+		put("# wrong answer");
+		put_hex_field("gpa", attacker->remarks[i].what.gpa);
+		put_hex_field("pages", attacker->remarks[i].what.pages);
+		put_hex_field("attributes", attacker->remarks[i].what.attributes);
+		put(" ret=");
+		put_signed(attacker->remarks[i].ret);
+		put("\n");
+	}
+}
+
+static void attack(u64 count)
+{
+	on_both(attack_first, attack_second, count);
+	attack_remarks(&attackers[0]);
+	attack_remarks(&attackers[1]);
+	churn_remarks(&churns[0]);
+	churn_remarks(&churns[1]);
+	put("attack");
+	put_field("conversions", churns[0].conversions + churns[1].conversions);
+	put_field("failed", churns[0].failed + churns[1].failed);
+	put_field("errors", churns[0].errors + churns[1].errors);
+	put_field("granted", attackers[0].granted + attackers[1].granted);
+	put_field("refused", attackers[0].refused + attackers[1].refused);
+	put_field("wrong", attackers[0].wrong + attackers[1].wrong);
+	put("\n");
+}
+
+static void calm(void)
+{
+	struct mismatch bad;
+	u64 pages = field.size / PAGE;
+
+	for (int to_private = 1; to_private >= 0; to_private--) {
+		churns[0].failed += convert(field.base, pages, to_private) != 0;
+		churns[0].errors += to_private == 0 && !matches(field.base, pages, 0, &bad);
+	}
+	on_both(churn_first, churn_second, 0);
+	churn_report("calm", &churns[0], &churns[1]);
+}
+
 /* ---- how long conversions take ---- */
 
 static inline u64 rdtsc(void)
@@ -1019,22 +1160,6 @@ static void inflate(u64 addr, u64 pages)
 	balloon_send(QUEUE_INFLATE, (u64)balloon_pages, pages * 4, 0);
 }
 
-/* ---- DIMMs ---- */
-
-/* ACPI's registers for memory hotplug, where q35 has them. */
-enum {
-	DIMM_SELECT = 0xa00,
-	DIMM_CONTROL = 0xa14,
-	DIMM_EJECT = 1 << 3,
-};
-
-/* Says that we do without the DIMM that the VMM wants back. */
-static void eject(u32 slot)
-{
-	outl(DIMM_SELECT, slot);
-	outb(DIMM_CONTROL, DIMM_EJECT);
-}
-
 /* ---- commands ---- */
 
 static u64 number(const char *s)
@@ -1088,9 +1213,9 @@ static void put_ret(int64_t ret)
 
 static bool obey(char *word[], int n)
 {
-	u64 a[4] = { 0 };
+	u64 a[MAX_WORDS - 1] = { 0 };
 
-	for (int i = 1; i < n && i <= 4; i++)
+	for (int i = 1; i < n; i++)
 		a[i - 1] = number(word[i]);
 	if (n == 3 && same(word[0], "inflate") && a[1] <= BALLOON_MAX) {
 		inflate(a[0], a[1]);
@@ -1124,6 +1249,14 @@ static bool obey(char *word[], int n)
 		overlap(a[0], a[1], a[2], a[3]);
 	} else if (n == 5 && same(word[0], "chase") && ap_alive && a[1]) {
 		chase(a[0], a[1], a[2], a[3]);
+	} else if (n == 8 && same(word[0], "hostile") && ap_alive && a[1] &&
+		   a[2] > 1 && a[2] <= 2 * MAX_PAGES) {
+		hostile(a);
+		put("ok\n");
+	} else if (n == 2 && same(word[0], "attack") && field.size) {
+		attack(a[0]);
+	} else if (n == 1 && same(word[0], "calm") && field.size) {
+		calm();
 	} else if (n == 1 && same(word[0], "shadow") && !ap_alive) {
 		shadow();
 		put("ok\n");
@@ -1156,7 +1289,7 @@ static bool obey(char *word[], int n)
 void boot_main(void)
 {
 	char line[128];
-	char *word[6];
+	char *word[MAX_WORDS];
 
 	build_idt();
 	load_idt();
@@ -1168,7 +1301,7 @@ void boot_main(void)
 	put("\n");
 	for (;;) {
 		get_line(line, sizeof(line));
-		if (!obey(word, split(line, word, 6)))
+		if (!obey(word, split(line, word, MAX_WORDS)))
 			put("unknown command\n");
 	}
 }

@@ -205,6 +205,14 @@ pub fn fds_of(pid: u32) -> Result<Vec<u64>> {
     Ok(fds)
 }
 
+/// How many mappings a process has of memfds and guest_memfds. Others come and go with threads and
+/// their heaps.
+pub fn store_mappings_of(pid: u32) -> Result<usize> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let of_store = |line: &&str| line.contains("memfd");
+    Ok(maps.lines().filter(of_store).count())
+}
+
 /// A figure of a NUMA node in bytes, as /sys/devices/system/node/nodeN/meminfo names it. FilePages
 /// counts the pages of memfds and guest_memfds alike. The kernel adds up what each CPU counted only
 /// now and then: expect figures to be some 100 KiB behind.

@@ -22,6 +22,7 @@ mod docs;
 mod failure;
 mod gdb;
 mod host;
+mod hostile;
 mod launch;
 mod lifecycle;
 mod linux;

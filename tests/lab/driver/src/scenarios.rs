@@ -18,7 +18,8 @@ use crate::machine::{
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
 use crate::{
-    Lab, access, bench, cgroup, demo, docs, failure, host, launch, lifecycle, linux, properties,
+    Lab, access, bench, cgroup, demo, docs, failure, host, hostile, launch, lifecycle, linux,
+    properties,
 };
 use Side::{Private, Shared};
 
@@ -150,6 +151,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(launch::all());
     list.extend(failure::all());
     list.extend(bench::all());
+    list.extend(hostile::all());
     list.extend(linux::all());
     list.extend(lifecycle::all());
     list.extend(refusals);
@@ -735,7 +737,7 @@ fn all_agree(
 }
 
 /// Names the first that differs instead of all.
-fn same_extents(found: &[Extent], expected: &[Extent]) -> Result<()> {
+pub fn same_extents(found: &[Extent], expected: &[Extent]) -> Result<()> {
     let differ = found.iter().zip(expected).find(|(a, b)| a != b);
     ensure!(
         differ.is_none(),
@@ -863,7 +865,7 @@ fn slots_change(lab: &Lab) -> Result<()> {
 // ---- what the operator does to a whole machine ----
 
 /// Resets the machine; all its memory must be shared when the guest is there again.
-fn reset(machine: &mut Machine) -> Result<()> {
+pub fn reset(machine: &mut Machine) -> Result<()> {
     machine.qmp.call("system_reset", json!({}))?;
     machine.line("the guest's first line after the reset", |line| {
         line.starts_with("guest ready")
@@ -1063,12 +1065,12 @@ fn bad_requests_guest(lab: &Lab) -> Result<()> {
 
 // ---- the life of an object ----
 
-fn object_add(id: &str, size: u64) -> Value {
+pub fn object_add(id: &str, size: u64) -> Value {
     json!({"qom-type": "memory-backend-private", "id": id, "size": size})
 }
 
 /// QEMU frees memory regions on another thread, so fds may go a little later than the answer comes.
-fn fds_come_back(machine: &Machine, before: &[u64]) -> Result<()> {
+pub fn fds_come_back(machine: &Machine, before: &[u64]) -> Result<()> {
     let end = Instant::now() + DEADLINE;
     let mut fds = host::fds_of(machine.pid())?;
     while fds != before && Instant::now() < end {
