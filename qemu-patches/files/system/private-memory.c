@@ -22,6 +22,7 @@
 #include "migration/vmstate.h"
 #include "system/accel-blocker.h"
 #include "system/private-memory.h"
+#include "system/qtest.h"
 #include "trace.h"
 
 /* Made once, before vCPUs run, and kept until QEMU ends. */
@@ -33,6 +34,13 @@ static int sev_device_fd = -1;
 static bool prefault;
 
 PrivateMemoryStats private_memory_stats;
+
+/* A guest may have as many requests fail as it likes: one a second is told. */
+static struct {
+    QEMUTimer *timer;
+    bool is_due;
+    int64_t last_ns;
+} failed_event = { .last_ns = -NANOSECONDS_PER_SECOND };
 
 void private_memory_set_kvm_vm(int vm_fd)
 {
@@ -107,6 +115,39 @@ static MemoryListener emulated_listener = {
     .region_del = emulated_region_del,
 };
 
+/* As the monitor has it: tests can step the clock. */
+static QEMUClockType event_clock(void)
+{
+    return qtest_enabled() ? QEMU_CLOCK_VIRTUAL : QEMU_CLOCK_REALTIME;
+}
+
+static void send_failed_event(void *opaque)
+{
+    struct privmem_failed_conversion last;
+
+    qatomic_set(&failed_event.last_ns, qemu_clock_get_ns(event_clock()));
+    /* One that fails from here on is told now, or sets the timer again. */
+    qatomic_set_mb(&failed_event.is_due, false);
+    if (!privmem_vm_failed_conversion(privmem_vm, 0, &last, sizeof(last))) {
+        qapi_event_send_private_memory_conversion_failed(last.gpa, last.size,
+                                                         last.to_private,
+                                                         last.message);
+    }
+}
+
+/*
+ * The main loop sends the event. The monitor's own limit of rates is for those
+ * who hold the BQL: it asserts that its timer has not fired meanwhile. vCPUs
+ * come here without.
+ */
+static void arm_failed_event(void)
+{
+    if (!qatomic_xchg(&failed_event.is_due, true)) {
+        timer_mod_ns(failed_event.timer, NANOSECONDS_PER_SECOND +
+                     qatomic_read(&failed_event.last_ns));
+    }
+}
+
 static int new_vm(void)
 {
     switch (agent) {
@@ -162,6 +203,7 @@ struct privmem_vm *private_memory_vm(bool emulate, Error **errp)
                    "confidential-guest-support=cgs0", privmem_last_error());
         return NULL;
     }
+    failed_event.timer = timer_new_ns(event_clock(), send_failed_event, NULL);
     trace_private_memory_vm(PrivateMemoryAgent_str(agent));
     if (emulate) {
         memory_listener_register(&emulated_listener, &address_space_memory);
@@ -294,8 +336,7 @@ int private_memory_convert(hwaddr gpa, uint64_t size, bool to_private,
     }
     count_latency(get_clock() - start);
     if (ret) {
-        qapi_event_send_private_memory_conversion_failed(gpa, size, to_private,
-                                                         privmem_last_error());
+        arm_failed_event();
         error_setg(errp, "cannot make 0x%" HWADDR_PRIx "+0x%" PRIx64 " %s "
                    "(0x%" PRIx64 " bytes are done): %s", gpa, size,
                    to_private ? "private" : "shared", done,
