@@ -155,6 +155,7 @@ fn fragment(vm: &Vm, granules: u64) {
 #[test]
 fn a_long_request_goes_in_steps_and_counts_once() {
     const GRANULES: u64 = 20_000;
+    const MOST_PIECES: u64 = 4096;
     let kernel = Model::new();
     let vm = kernel.vm();
     let region = Region::new(&vm, "ram0", GRANULES * GRANULE).unwrap();
@@ -164,12 +165,26 @@ fn a_long_request_goes_in_steps_and_counts_once() {
     let (mut done, mut steps) = (0, 0);
     while done < GRANULES * GRANULE {
         let step = vm.convert(done, GRANULES * GRANULE - done, Side::Shared);
-        done += step.unwrap();
+        let step = step.unwrap();
+        // Every other granule is a piece.
+        assert!(step <= 2 * MOST_PIECES * GRANULE);
+        done += step;
         steps += 1;
         assert_eq!(region.info().private, region.size() / 2 - done / 2);
     }
     assert!(steps > 1);
     assert_eq!(region.info().conversions, before + 1);
+}
+
+#[test]
+fn a_large_request_goes_in_steps() {
+    const STEP: u64 = 1 << 30;
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "ram0", STEP + GRANULE).unwrap();
+    vm.bind(&region, 0, 0, STEP + GRANULE).unwrap();
+    let step = vm.convert(0, STEP + GRANULE, Side::Private);
+    assert_eq!(step.unwrap(), STEP);
 }
 
 #[test]
