@@ -83,7 +83,7 @@ static inline enum hostile_answer hostile_next(uint64_t *state, const struct hos
 	};
 	uint64_t pages = field->size / HOSTILE_PAGE;
 	uint64_t first = hostile_draw(state, pages);
-	uint64_t few = 1 + hostile_draw(state, 8);
+	uint64_t few = hostile_draw(state, 4) ? 1 : 1 + hostile_draw(state, 8);
 	uint64_t side = hostile_draw(state, 2) ? HOSTILE_PRIVATE : 0;
 	uint64_t rest = pages - first;
 
@@ -105,19 +105,17 @@ static inline enum hostile_answer hostile_next(uint64_t *state, const struct hos
 	case 3:		/* as many bytes do not fit into 64 bits */
 		request->pages = (1ull << 52) + hostile_draw(state, 1ull << 40);
 		return HOSTILE_REFUSED;
-	case 4:		/* wraps */
+	case 4:		/* the bytes wrap */
 		request->gpa = -few * HOSTILE_PAGE;
 		request->pages = few + hostile_draw(state, 1ull << 40);
 		return HOSTILE_REFUSED;
-	case 5:		/* huge, and not all there */
+	case 5:		/* huge, and not all there: the field is, and what is shared already */
 		request->pages = 1ull << (36 + hostile_draw(state, 12));
-		request->attributes = HOSTILE_PRIVATE;
-		return HOSTILE_REFUSED;
+		return hostile_elsewhere(request);
 	case 6:		/* over the end of RAM */
 		request->gpa = field->ram_end - few * HOSTILE_PAGE;
 		request->pages = few + 1 + hostile_draw(state, 100);
-		request->attributes = HOSTILE_PRIVATE;
-		return HOSTILE_REFUSED;
+		return hostile_elsewhere(request);
 	case 7:
 		request->gpa = holes[hostile_draw(state, sizeof(holes) / sizeof(holes[0]))];
 		return hostile_elsewhere(request);
@@ -127,13 +125,22 @@ static inline enum hostile_answer hostile_next(uint64_t *state, const struct hos
 	case 9:		/* bits that mean nothing here, and page sizes */
 		request->attributes |= hostile_random(state) & ~HOSTILE_PRIVATE;
 		return HOSTILE_GRANTED;
-	case 10:
-	case 11:
+	case 10:	/* the numbers of the pages wrap */
+		request->pages = -few;
+		return HOSTILE_REFUSED;
+	case 11:	/* what comes and goes */
 		if (field->plug_size) {
 			request->gpa = field->plug_base + first * HOSTILE_PAGE % field->plug_size;
 			return HOSTILE_EITHER;
 		}
 		return HOSTILE_GRANTED;
+	case 12:
+	case 13:
+	case 14:	/* any bits, none of them a page's address */
+		request->gpa = hostile_random(state) | 1;
+		request->pages = hostile_random(state);
+		request->attributes = hostile_random(state);
+		return HOSTILE_REFUSED;
 	default:
 		return HOSTILE_GRANTED;
 	}

@@ -24,8 +24,9 @@
  *                                        at PLUG; OWN before BASE are filled,
  *                                        half for each vCPU                   -> ok
  *   attack COUNT                         COUNT requests of all kinds by each,
- *                                        some for its own pages; ejects DIMM 0
- *                                        now and then                         -> attack ...
+ *                                        some for its own pages; touches what
+ *                                        is attacked, and ejects DIMM 0, now
+ *                                        and then; cycles of the longest      -> attack ...
  *   calm                                 the attacked pages become private and
  *                                        shared again; all is checked         -> calm ...
  *   shadow                               run from a copy of the ROM in RAM    -> ok
@@ -147,6 +148,16 @@ static void put_machine_check(void)
 	put_field("unclear", machine_checks.unclear);
 	put_hex_field("address", machine_checks.address);
 	put("\n");
+}
+
+/* ---- time ---- */
+
+static inline u64 rdtsc(void)
+{
+	u32 low, high;
+
+	asm volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
+	return (u64)high << 32 | low;
 }
 
 /* ---- contents ---- */
@@ -656,14 +667,20 @@ static void eject(u32 slot)
 /* ---- a hostile guest ---- */
 
 /*
- * Both vCPUs send requests of all kinds for the same field, and write there. In
- * between each converts pages of its own, whose sides and contents nothing that
- * is asked for others may change.
+ * Both vCPUs send requests of all kinds for the same field and for a DIMM, and
+ * write there. In between each converts pages of its own, whose sides and
+ * contents nothing that is asked for others may change.
  */
 static struct hostile_field field;
 
+enum {				/* one in so many requests ... */
+	FOR_OWN_PAGES = 256,
+	WITH_A_TOUCH = 64,
+	WITH_AN_EJECTION = 128,
+};
+
 static struct attacker {
-	u64 random, granted, refused, wrong;
+	u64 random, granted, refused, wrong, longest;
 	struct { struct hostile_request what; int64_t ret; } remarks[MAX_REMARKS];
 } attackers[2];
 
@@ -685,8 +702,12 @@ static void ask_for_anything(struct attacker *attacker)
 {
 	struct hostile_request request;
 	enum hostile_answer expected = hostile_next(&attacker->random, &field, &request);
+	u64 start = rdtsc();
 	int64_t ret = hypercall(HC_MAP_GPA_RANGE, request.gpa, request.pages, request.attributes);
+	u64 cycles = rdtsc() - start;
 
+	if (cycles > attacker->longest)
+		attacker->longest = cycles;
 	attacker->granted += ret == 0;
 	attacker->refused += ret != 0;
 	if (hostile_is_as_expected(expected, ret))
@@ -698,17 +719,29 @@ static void ask_for_anything(struct attacker *attacker)
 	attacker->wrong++;
 }
 
+/* Mostly RAM, whichever side it is on; else the DIMM, which may be going just now. */
+static void touch_anything(struct attacker *attacker)
+{
+	bool plugged = draw(&attacker->random, 4) == 0;
+	u64 base = plugged ? field.plug_base : field.base;
+	u64 size = plugged ? field.plug_size : field.size;
+	volatile u64 *word = (u64 *)base + draw(&attacker->random, size / sizeof(u64));
+
+	*word = attacker->granted;
+}
+
 static void attack_side(int cpu, u64 count)
 {
 	struct attacker *attacker = &attackers[cpu];
 
 	while (count--) {
-		if (draw(&attacker->random, 8) == 0)
+		if (draw(&attacker->random, FOR_OWN_PAGES) == 0)
 			churn_step(&churns[cpu]);
 		else
 			ask_for_anything(attacker);
-		*(volatile u64 *)(field.base + draw(&attacker->random, field.size / 8) * 8) = count;
-		if (cpu == 0 && draw(&attacker->random, 64) == 0)
+		if (draw(&attacker->random, WITH_A_TOUCH) == 0)
+			touch_anything(attacker);
+		if (cpu == 0 && draw(&attacker->random, WITH_AN_EJECTION) == 0)
 			eject(0);
 	}
 }
@@ -738,11 +771,16 @@ static void attack_remarks(const struct attacker *attacker)
 
 static void attack(u64 count)
 {
+	u64 longest;
+
 	on_both(attack_first, attack_second, count);
 	attack_remarks(&attackers[0]);
 	attack_remarks(&attackers[1]);
 	churn_remarks(&churns[0]);
 	churn_remarks(&churns[1]);
+	longest = attackers[0].longest;
+	if (attackers[1].longest > longest)
+		longest = attackers[1].longest;
 	put("attack");
 	put_field("conversions", churns[0].conversions + churns[1].conversions);
 	put_field("failed", churns[0].failed + churns[1].failed);
@@ -750,6 +788,7 @@ static void attack(u64 count)
 	put_field("granted", attackers[0].granted + attackers[1].granted);
 	put_field("refused", attackers[0].refused + attackers[1].refused);
 	put_field("wrong", attackers[0].wrong + attackers[1].wrong);
+	put_field("longest", longest);
 	put("\n");
 }
 
@@ -767,14 +806,6 @@ static void calm(void)
 }
 
 /* ---- how long conversions take ---- */
-
-static inline u64 rdtsc(void)
-{
-	u32 low, high;
-
-	asm volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
-	return (u64)high << 32 | low;
-}
 
 static void touch(u64 addr, u64 pages)
 {

@@ -180,7 +180,7 @@ fn tell(bench: Value) {
 }
 
 /// Cycles of the guest's clock in a second: it is the host's.
-fn tsc_hz() -> f64 {
+pub fn tsc_hz() -> f64 {
     // SAFETY: every x86-64 CPU has this instruction.
     let now = || (unsafe { _rdtsc() }, Instant::now());
     let start = now();

@@ -213,6 +213,17 @@ pub fn store_mappings_of(pid: u32) -> Result<usize> {
     Ok(maps.lines().filter(of_store).count())
 }
 
+/// What a process has of anonymous memory, such as its heap.
+pub fn anonymous_bytes(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).context(path.clone())?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB"))
+        .with_context(|| format!("no RssAnon in {path}"))?;
+    Ok(kib.parse::<u64>()? << 10)
+}
+
 /// A figure of a NUMA node in bytes, as /sys/devices/system/node/nodeN/meminfo names it. FilePages
 /// counts the pages of memfds and guest_memfds alike. The kernel adds up what each CPU counted only
 /// now and then: expect figures to be some 100 KiB behind.

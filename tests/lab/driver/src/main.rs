@@ -4,6 +4,7 @@
 //!
 //! `lab.run=all|demo|NAME,..`  run scenarios and conformance tests (`lab.line=10.2` picks the QEMU)
 //! `lab.bench`                 measure conversions
+//! `lab.soak=SEED:REQUESTS`    a hostile guest sends so many requests
 //! `lab.cmd=BASE64`            run a shell command
 //! `lab.shell`                 a shell on the console
 //! `lab.role=guest`            be the plain Linux guest
@@ -82,9 +83,11 @@ fn run() -> Result<()> {
         run_tests(&Lab::here(option("line"))?, &names)?;
     } else if option("bench").is_some() {
         bench::run(&Lab::here(option("line"))?)?;
+    } else if let Some(round) = option("soak") {
+        hostile::soak(&Lab::here(option("line"))?, &round)?;
     } else {
         bail!(
-            "no lab.run=, lab.bench, lab.cmd=, lab.shell or lab.role= on the kernel command line"
+            "no lab.run=, lab.bench, lab.soak=, lab.cmd=, lab.shell or lab.role= on the kernel command line"
         );
     }
     report(json!({"done": true}));
