@@ -28,7 +28,7 @@ pub fn run(cx: &Context, line: Option<Line>, limit: Duration, json: bool) -> Res
         Event::Test(test) if test.result == Verdict::Failed => {
             problems.push(format!("{}: {}", test.name, test.why));
         }
-        Event::Test(_) | Event::Bench(_) | Event::Exit(_) | Event::Done => {}
+        Event::Test(_) | Event::Bench(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
     if demo.is_empty() {

@@ -38,6 +38,10 @@ const VENDOR: &str = "mkdir -p target/documented/.cargo; cd target/documented; \
     cargo vendor --locked vendor > .cargo/config.toml; \
     cargo metadata --offline --locked --format-version=1 > vendor.json";
 
+/// As many rounds as the documents show, but short ones; the user's own soak stays what it is.
+const SOAK: &str = "cargo xtask soak --fresh --requests 10000 --round 5000 \
+    --state target/documented/soak.json";
+
 /// Tests that look for messages.
 const TESTS: &[&str] = &["qemu-patches/files/tests", "tests"];
 
@@ -323,6 +327,7 @@ fn real(command: &str, qemu_source: &Path) -> Result<String> {
             "cargo xtask bench --only tracking".to_owned()
         }
         "cargo xtask fuzz" => "cargo xtask fuzz --help".to_owned(),
+        soak if soak.starts_with("cargo xtask soak") => SOAK.to_owned(),
         // Without a command it waits for somebody at the terminal.
         "cargo xtask lab" | "cargo xtask lab -- COMMAND" => "cargo xtask lab -- true".to_owned(),
         "cargo vendor" => VENDOR.to_owned(),
@@ -517,6 +522,10 @@ mod tests {
         assert_eq!(
             run("cargo xtask test --suite lab-10.2")?,
             "cargo xtask test --suite lab-10.2 --lab-test capabilities"
+        );
+        assert_eq!(
+            run("cargo xtask soak --requests 1000000")?,
+            run("cargo xtask soak [--line L]")?
         );
         assert!(run("make coffee").is_err());
         Ok(())

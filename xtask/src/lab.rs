@@ -117,7 +117,7 @@ pub fn command(
         Event::Log(line) => println!("{line}"),
         Event::Exit(status) => exit = Some(status),
         Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Bench(_) | Event::Done => {}
+        Event::Test(_) | Event::Demo(_) | Event::Bench(_) | Event::Soak(_) | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
     match exit {
@@ -164,6 +164,16 @@ impl Lab {
         })
     }
 
+    pub fn line(&self) -> Line {
+        self.line
+    }
+
+    /// Where the console of a boot of this name is written to.
+    pub fn log(&self, cx: &Context, name: &str) -> Result<PathBuf> {
+        let logs = cx.cache.dir("logs")?;
+        Ok(logs.join(format!("lab-{}-{name}.log", self.line)))
+    }
+
     /// The patched QEMU, and the firmware for it.
     pub fn system(&self) -> &Path {
         &self.system
@@ -198,10 +208,7 @@ impl Lab {
         limit: Duration,
         mut on_event: impl FnMut(Event),
     ) -> Result<()> {
-        let log = cx
-            .cache
-            .dir("logs")?
-            .join(format!("lab-{}-{name}.log", self.line));
+        let log = self.log(cx, name)?;
         let mut done = false;
         let console = |line: &str| {
             let event = protocol::parse(line);

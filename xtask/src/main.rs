@@ -24,6 +24,7 @@ mod qemu;
 mod recipes;
 mod run;
 mod setup;
+mod soak;
 mod suites;
 mod symbols;
 mod tree;
@@ -101,6 +102,8 @@ enum Command {
         #[arg(last = true)]
         command: Vec<String>,
     },
+    /// Boot the lab again and again with a hostile guest, until it is enough
+    Soak(soak::Options),
     /// Fuzz the C interface, with a sanitizer
     Fuzz {
         /// How long
@@ -210,6 +213,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             only,
             boot,
         } => bench::run(&cx, only, (boot.line, boot.limit()), check, json),
+        Command::Soak(options) => soak::run(&cx, &options),
         Command::Fuzz { seconds } => fuzz::command(&cx, seconds),
         Command::Lab { boot, command } if command.is_empty() => lab::shell(&cx, boot.line),
         Command::Lab { boot, command } => {

@@ -12,6 +12,7 @@ pub enum Event {
     Test(Test),
     Demo(Map<String, Value>),
     Bench(Value),
+    Soak(Round),
     Exit(u8),
     Error(String),
     Done,
@@ -24,6 +25,15 @@ pub struct Test {
     pub result: Verdict,
     #[serde(default)]
     pub why: String,
+}
+
+/// What came of a hostile guest's attack.
+#[derive(Debug, PartialEq, Deserialize)]
+pub struct Round {
+    pub accepted: u64,
+    pub refused: u64,
+    pub plugged: u64,
+    pub longest_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -54,6 +64,9 @@ fn result(json: &str) -> Option<Event> {
     }
     if let Some(bench) = object.remove("bench") {
         return Some(Event::Bench(bench));
+    }
+    if let Some(round) = object.remove("soak") {
+        return serde_json::from_value(round).ok().map(Event::Soak);
     }
     if let Some(status) = object.get("exit") {
         // Like a shell: anything odd is a failure.
@@ -91,6 +104,7 @@ mod tests {
             r#"@lab {"test": "holes", "result": "fine"}"#,
             r#"@lab {"test": "#,
             r#"@lab {"done": false}"#,
+            r#"@lab {"soak": {"accepted": 3}}"#,
             "@lab 3",
         ] {
             assert!(matches!(parse(line), Event::Error(_)), "{line}");

@@ -562,7 +562,7 @@ fn lab(cx: &Context, line: Line, tests: &[String]) -> Result<Tally> {
                 Verdict::Skipped => tally.skipped.push(named),
             }
         }
-        Event::Demo(_) | Event::Bench(_) | Event::Exit(_) | Event::Done => {}
+        Event::Demo(_) | Event::Bench(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
     });
     progress.finish();
     if let Err(error) = boot {

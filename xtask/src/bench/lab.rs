@@ -121,7 +121,7 @@ pub fn run(cx: &Context, line: Option<Line>, limit: Duration) -> Result<Figures>
         Event::Log(line) => eprintln!("{line}"),
         Event::Bench(value) => said.push(value),
         Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Exit(_) | Event::Done => {}
+        Event::Test(_) | Event::Demo(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
     })?;
     match problems.pop() {
         Some(problem) => bail!(problem),
