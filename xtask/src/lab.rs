@@ -49,6 +49,19 @@ const MEMORY: &[&str] = &[
     "cpu,node-id=0,socket-id=0",
 ];
 
+/// A device with a DMA engine, to be assigned to an inner machine, and the IOMMU before it.
+const ASSIGNABLE: &[&str] = &[
+    "-device",
+    "intel-iommu,intremap=off,caching-mode=off",
+    "-device",
+    "edu,dma_mask=0xffffffffffffffff",
+];
+
+/// Without interrupt remapping, which the emulated IOMMU could only do with more of the
+/// machine in QEMU, VFIO asks for the word of who trusts the guest.
+const ASSIGNABLE_OPTIONS: &str = "intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1 \
+    iommufd.allow_unsafe_interrupts=1";
+
 /// ROMs of our own, and how they are built: our guest, also for RAM that is private
 /// at first ...
 const ROMS: &[(&str, &[&str])] = &[
@@ -234,6 +247,7 @@ impl Lab {
             .args(["-M", "q35", "-nodefaults", "-no-reboot", "-display", "none"])
             .args(self.accelerator)
             .args(MEMORY)
+            .args(ASSIGNABLE)
             .args(["-bios", "qboot.rom"])
             .arg("-L")
             .arg(&self.firmware)
@@ -243,7 +257,7 @@ impl Lab {
             .arg(&self.initramfs)
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 panic=-1 quiet lab.line={} {options}",
+                "console=ttyS0 panic=-1 quiet {ASSIGNABLE_OPTIONS} lab.line={} {options}",
                 self.line
             ));
         command

@@ -225,17 +225,20 @@ static bool private_backend_can_migrate(HostMemoryBackendPrivate *m,
                                           errp) == 0;
 }
 
-/* Two stores that change sides cannot be moved, nor pinned, by what exists. */
+/*
+ * Two stores that change sides cannot be moved by what exists, nor be pinned by
+ * who is not told of it. Who listens to the RamDiscardManager is.
+ */
 static bool private_backend_block(HostMemoryBackendPrivate *m, const char *id,
                                   Error **errp)
 {
     if (!private_backend_can_migrate(m, id, errp)) {
         return false;
     }
-    if (ram_block_discard_require(true)) {
+    if (ram_block_coordinated_discard_require(true)) {
         error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be used "
-                   "beside devices that pin all guest memory (such as "
-                   "vfio-pci); remove these devices", id);
+                   "beside devices that pin all guest memory, shared or not; "
+                   "remove these devices", id);
         return false;
     }
     m->discard_required = true;
@@ -703,7 +706,7 @@ static void private_backend_instance_finalize(Object *obj)
         postcopy_remove_notifier(&m->postcopy_notifier);
     }
     if (m->discard_required) {
-        ram_block_discard_require(false);
+        ram_block_coordinated_discard_require(false);
     }
     migrate_del_blocker(&m->migration_blocker);
     privmem_region_free(m->region);

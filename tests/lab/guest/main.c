@@ -40,6 +40,11 @@
  *                                        PAGES to private and back, at so many
  *                                        places; touch: and written on both
  *                                        sides; cycles, the median of places  -> pingpong ...
+ *   assign                               find the edu device in slot 5        -> ok
+ *   dma read|write ADDR                  it copies the page at ADDR to its
+ *                                        buffer, or the buffer there          -> ok
+ *   storm BASE COUNT SEED                COUNT conversions around pages that
+ *                                        it reads and writes all the time     -> storm ...
  *   machine-checks                       turn them on, on the boot CPU        -> ok
  *   machine-check                        how many there were, and the last    -> machine-check ...
  *   eject SLOT                           q35: the DIMM may be unplugged       -> ok
@@ -1191,6 +1196,133 @@ static void inflate(u64 addr, u64 pages)
 	balloon_send(QUEUE_INFLATE, (u64)balloon_pages, pages * 4, 0);
 }
 
+/* ---- an assigned device in slot 5: QEMU's edu, for its DMA engine ---- */
+
+enum {
+	EDU_CONFIG = 0x80002800,	/* bus 0, device 5 */
+	EDU_ID = 0x11e81234,
+	EDU_DMA_SOURCE = 0x80,
+	EDU_DMA_DESTINATION = 0x88,
+	EDU_DMA_COUNT = 0x90,
+	EDU_DMA_COMMAND = 0x98,
+	EDU_DMA_RUN = 1,
+	EDU_DMA_TO_MEMORY = 2,
+	EDU_BUFFER = 0x40000,
+	EDU_CHECK = 0x04,		/* gives back what was written, inverted */
+	STORM_PAGES = 64,
+	STORM_TRANSFERS = 32,		/* at least; one takes 0.1 s */
+};
+
+static const u64 edu_bar = 0xe0000000;
+
+static volatile u64 *edu(u64 at)
+{
+	return (u64 *)(edu_bar + at);
+}
+
+static bool assign(void)
+{
+	outl(PCI_ADDRESS, EDU_CONFIG);
+	if (inl(PCI_DATA) != EDU_ID)
+		return false;
+	outl(PCI_ADDRESS, EDU_CONFIG | 0x10);
+	outl(PCI_DATA, edu_bar);
+	outl(PCI_ADDRESS, EDU_CONFIG | 4);
+	outw(PCI_DATA, 6);			/* memory space, bus master */
+	write_32(edu_bar + EDU_CHECK, 0x12345678);
+	return read_32(edu_bar + EDU_CHECK) == ~0x12345678u;
+}
+
+static bool dma_runs(void)
+{
+	return *edu(EDU_DMA_COMMAND) & EDU_DMA_RUN;
+}
+
+static void dma_start(u64 addr, bool to_memory)
+{
+	*edu(EDU_DMA_SOURCE) = to_memory ? EDU_BUFFER : addr;
+	*edu(EDU_DMA_DESTINATION) = to_memory ? addr : EDU_BUFFER;
+	*edu(EDU_DMA_COUNT) = PAGE;
+	*edu(EDU_DMA_COMMAND) = EDU_DMA_RUN | (to_memory ? EDU_DMA_TO_MEMORY : 0);
+}
+
+static void dma(u64 addr, bool to_memory)
+{
+	dma_start(addr, to_memory);
+	while (dma_runs())
+		asm volatile("pause" : : : "memory");
+}
+
+/*
+ * Every other of STORM_PAGES is converted and checked all the time. Each of the
+ * rest is a neighbour on both sides: now one, then another is read by the device,
+ * cleared, and written by it, and must then hold what it held.
+ */
+static struct {
+	u64 base, page, transfers, lost;
+	bool to_memory;
+} device;
+
+static void device_begin(u64 base)
+{
+	device.base = base;
+	device.transfers = device.lost = 0;
+	device.to_memory = false;
+	for (u64 i = 1; i < STORM_PAGES; i += 2)
+		fill(base + i * PAGE, 1, i);
+	device.page = 1;
+	dma_start(base + PAGE, false);
+}
+
+/* Once the transfer in flight is over, judges it and starts the next. */
+static void device_step(void)
+{
+	u64 addr = device.base + device.page * PAGE;
+	struct mismatch bad;
+
+	if (dma_runs())
+		return;
+	device.transfers++;
+	if (device.to_memory) {
+		device.lost += !matches(addr, 1, device.page, &bad);
+		device.page = (device.page + 2) % STORM_PAGES;
+		addr = device.base + device.page * PAGE;
+	} else {
+		memset((void *)addr, 0, PAGE);
+	}
+	device.to_memory = !device.to_memory;
+	dma_start(addr, device.to_memory);
+}
+
+static void storm(u64 base, u64 count, u64 seed)
+{
+	struct churn *c = &churns[0];
+
+	churn_begin(c, base, STORM_PAGES, seed);
+	for (u64 i = 1; i < STORM_PAGES; i += 2)
+		c->seed[i] = 0;			/* not looked at as a neighbour: the device's */
+	device_begin(base);
+	while (c->conversions + c->failed < count || device.transfers < STORM_TRANSFERS) {
+		u64 page = 2 * draw(&c->rng, STORM_PAGES / 2);
+
+		request(c, page, page + 1, 1);
+		device_step();
+	}
+	while (dma_runs())
+		asm volatile("pause" : : : "memory");
+	for (u64 i = 0; i < STORM_PAGES; i += 2)
+		visit(c, i, "at-end");
+	churn_remarks(c);
+	put("storm");
+	put_field("conversions", c->conversions);
+	put_field("failed", c->failed);
+	put_field("errors", c->errors);
+	put_field("transfers", device.transfers);
+	put_field("lost", device.lost);
+	put_field("private_pages", churn_private_pages(c));
+	put("\n");
+}
+
 /* ---- commands ---- */
 
 static u64 number(const char *s)
@@ -1299,6 +1431,13 @@ static bool obey(char *word[], int n)
 	} else if ((n == 5 || (n == 6 && same(word[5], "touch"))) && same(word[0], "pingpong") &&
 		   a[2] && a[2] <= MAX_PLACES) {
 		pingpong(a[0], a[1], a[2], a[3], n == 6);
+	} else if (n == 1 && same(word[0], "assign")) {
+		put(assign() ? "ok\n" : "no edu\n");
+	} else if (n == 3 && same(word[0], "dma")) {
+		dma(a[1], same(word[1], "write"));
+		put("ok\n");
+	} else if (n == 4 && same(word[0], "storm")) {
+		storm(a[0], a[1], a[2]);
 	} else if (n == 3 && same(word[0], "run-copy")) {
 		return run_copy(a[0], word[2]);
 	} else if (n == 1 && same(word[0], "machine-checks")) {

@@ -2,16 +2,22 @@
 
 use std::fmt;
 use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sys::{reboot, termios};
+
+use crate::qmp::DEADLINE;
 
 const GROUPS: &str = "/sys/fs/cgroup";
 
@@ -332,6 +338,111 @@ impl Drop for ControlGroup {
     fn drop(&mut self) {
         // Fails while a process is in it; then it stays, and the next one of this name says so.
         let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// The device that is there to be assigned: QEMU's edu, bound to vfio-pci; how it is reached, or why
+/// it cannot be.
+pub fn assignable() -> Result<Result<String, &'static str>> {
+    for (path, why) in [
+        ("/dev/vfio/vfio", "this kernel has no VFIO containers"),
+        ("/dev/iommu", "this kernel has no iommufd"),
+        (
+            "/sys/bus/pci/drivers/vfio-pci",
+            "this kernel has no vfio-pci",
+        ),
+    ] {
+        if !Path::new(path).exists() {
+            return Ok(Err(why));
+        }
+    }
+    for entry in fs::read_dir("/sys/bus/pci/devices")? {
+        let entry = entry?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let id = |file| fs::read_to_string(path.join(file)).unwrap_or_default();
+        if (id("vendor").trim(), id("device").trim()) != ("0x1234", "0x11e8") {
+            continue;
+        }
+        if !path.join("iommu_group").exists() {
+            return Ok(Err("there is no IOMMU before the device to be assigned"));
+        }
+        if !path.join("driver").exists() {
+            fs::write(path.join("driver_override"), "vfio-pci")?;
+            write_file("/sys/bus/pci/drivers_probe", name.to_string_lossy())?;
+        }
+        return Ok(Ok(name.to_string_lossy().into_owned()));
+    }
+    Ok(Err("there is no device to be assigned"))
+}
+
+/// What the kernel says from now on.
+pub struct KernelLog(File);
+
+impl KernelLog {
+    pub fn from_now() -> Result<KernelLog> {
+        let mut log = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/kmsg")?;
+        log.seek(SeekFrom::End(0))?;
+        Ok(KernelLog(log))
+    }
+
+    /// Waits for a line in which all of these occur.
+    pub fn wait_for(&mut self, all: &[&str]) -> Result<()> {
+        let end = Instant::now() + DEADLINE;
+        let mut record = [0; 8192];
+        loop {
+            match self.0.read(&mut record) {
+                Ok(size) => {
+                    let line = String::from_utf8_lossy(&record[..size]);
+                    if all.iter().all(|part| line.contains(part)) {
+                        return Ok(());
+                    }
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    ensure!(Instant::now() < end, "the kernel does not say {all:?}");
+                    thread::sleep(Duration::from_millis(10));
+                }
+                // What was to be read has been overwritten meanwhile.
+                Err(e) if e.raw_os_error() == Some(libc::EPIPE) => {}
+                Err(e) => return Err(e).context("/dev/kmsg"),
+            }
+        }
+    }
+}
+
+/// A figure of a process in bytes, as /proc/PID/status names it.
+pub fn status_bytes(pid: u32, figure: &str) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).context(path.clone())?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix(figure)?.strip_prefix(':'))
+        .and_then(|value| value.trim().strip_suffix(" kB"))
+        .with_context(|| format!("no {figure} in {path}"))?;
+    Ok(kib.trim().parse::<u64>()? << 10)
+}
+
+/// A parameter of a module, put back on drop.
+pub struct Parameter {
+    path: String,
+    before: String,
+}
+
+impl Parameter {
+    pub fn set(module: &str, name: &str, value: u64) -> Result<Parameter> {
+        let path = format!("/sys/module/{module}/parameters/{name}");
+        let before = fs::read_to_string(&path).context(path.clone())?;
+        write_file(&path, value)?;
+        Ok(Parameter { path, before })
+    }
+}
+
+impl Drop for Parameter {
+    fn drop(&mut self) {
+        // It could be written before.
+        let _ = fs::write(&self.path, &self.before);
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -37,6 +37,7 @@ pub struct Launch {
     args: Vec<String>,
     environment: Vec<(&'static str, String)>,
     before: Vec<String>,
+    locks_memory: bool,
 }
 
 impl Launch {
@@ -48,6 +49,7 @@ impl Launch {
             args: Vec::new(),
             environment: Vec::new(),
             before: Vec::new(),
+            locks_memory: true,
         };
         launch.with(
             "-L /firmware -nodefaults -display none -no-reboot -smp 2 \
@@ -85,6 +87,13 @@ impl Launch {
     pub fn before(mut self, command: &str) -> Launch {
         self.before.push(command.into());
         self
+    }
+
+    /// Takes CAP_IPC_LOCK from the process, as from one that is not root's: the limit of what it may
+    /// lock, `bytes` at most, counts.
+    pub fn lock_limit(mut self, bytes: u64) -> Launch {
+        self.locks_memory = false;
+        self.before(&format!("ulimit -l {}", bytes >> 10))
     }
 
     pub fn start(self) -> Result<Machine> {
@@ -140,6 +149,16 @@ enum Launched {
     Ended(ExitStatus, String),
 }
 
+/// Whatever this process becomes does not have the capability any more.
+fn drop_ipc_lock() -> std::io::Result<()> {
+    const CAP_IPC_LOCK: libc::c_ulong = 14;
+    // SAFETY: PR_CAPBSET_DROP takes a number and touches none of our memory.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// The child process and the threads that read from it.
 struct Process {
     child: Child,
@@ -151,7 +170,12 @@ struct Process {
 impl Process {
     fn spawn(launch: &Launch) -> Result<Process> {
         let script = [&launch.before[..], &["exec \"$@\"".into()]].concat();
-        let mut child = Command::new("/bin/sh")
+        let mut shell = Command::new("/bin/sh");
+        if !launch.locks_memory {
+            // SAFETY: between fork and exec only async-signal-safe calls are made.
+            unsafe { shell.pre_exec(drop_ipc_lock) };
+        }
+        let mut child = shell
             .args(["-ec", &script.join("\n"), "sh"])
             .arg(&launch.qemu)
             .args(&launch.args)

@@ -14,6 +14,7 @@
 //! Results go to the console as lines `@lab {json}`; all other lines are a log for people.
 
 mod access;
+mod assigned;
 mod bare;
 mod bench;
 mod cgroup;
@@ -153,6 +154,13 @@ fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
     }
     if let Some(why) = linux::missing().filter(|_| scenario.needs_private_linux) {
         return verdict(scenario.name, "skipped", why);
+    }
+    if scenario.needs_assignable {
+        match host::assignable() {
+            Ok(Ok(_)) => {}
+            Ok(Err(why)) => return verdict(scenario.name, "skipped", why),
+            Err(e) => return verdict(scenario.name, "failed", &format!("{e:#}")),
+        }
     }
     match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {
         Ok(Ok(())) => verdict(scenario.name, "ok", ""),

@@ -18,8 +18,8 @@ use crate::machine::{
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
 use crate::{
-    Lab, access, bench, cgroup, demo, docs, failure, host, hostile, launch, lifecycle, linux,
-    properties,
+    Lab, access, assigned, bench, cgroup, demo, docs, failure, host, hostile, launch, lifecycle,
+    linux, properties,
 };
 use Side::{Private, Shared};
 
@@ -33,6 +33,8 @@ pub struct Scenario {
     pub needs_private_linux: bool,
     /// Whether it runs only when it is named: it takes its time.
     pub on_request: bool,
+    /// Whether there must be a device that can be assigned.
+    pub needs_assignable: bool,
     test: Test,
 }
 
@@ -51,6 +53,7 @@ impl Scenario {
             needs_guest: None,
             needs_private_linux: false,
             on_request: false,
+            needs_assignable: false,
             test: Test::Function(function),
         }
     }
@@ -84,6 +87,14 @@ impl Scenario {
         }
     }
 
+    /// With a device that is assigned to the guest.
+    pub const fn assigned(name: &'static str, function: Function) -> Scenario {
+        Scenario {
+            needs_assignable: true,
+            ..Scenario::new(name, function)
+        }
+    }
+
     /// For any KVM.
     const fn plain(name: &'static str, function: Function) -> Scenario {
         Scenario {
@@ -107,6 +118,7 @@ pub fn all() -> Vec<Scenario> {
         needs_guest: None,
         needs_private_linux: false,
         on_request: false,
+        needs_assignable: false,
         test: Test::Refusal(refusal),
     });
     let mut list = vec![
@@ -147,6 +159,7 @@ pub fn all() -> Vec<Scenario> {
     ];
     list.extend(access::all());
     list.extend(properties::all());
+    list.extend(assigned::all());
     list.extend(cgroup::all());
     list.extend(launch::all());
     list.extend(failure::all());
@@ -283,7 +296,7 @@ pub fn still_converts(machine: &mut Machine) -> Result<()> {
 }
 
 /// The guest did `conversions`, none failed, all contents were right.
-fn no_errors(counts: &HashMap<String, u64>, conversions: u64) -> Result<()> {
+pub fn no_errors(counts: &HashMap<String, u64>, conversions: u64) -> Result<()> {
     let count = |name: &str| counts.get(name).copied();
     same("contents that are wrong", count("errors"), Some(0))?;
     same("conversions refused to the guest", count("failed"), Some(0))?;
