@@ -3,16 +3,19 @@
 //!
 //! What is mapped for it is pinned. Type1 counts that in VmLck of the process, iommufd in VmPin.
 
+use std::time::Instant;
+
 use anyhow::{Context, Result, ensure};
 use nix::libc;
 
 use crate::Lab;
 use crate::host::{self, KernelLog, Limit, Parameter};
 use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, PRIVATE, Side};
+use crate::qmp::DEADLINE;
 use crate::scenarios::{BASE, Scenario, no_errors, same, same_held, still_converts};
 use Side::{Private, Shared};
 
-/// One entry for each shared page, and QEMU keeps 32,764 of the kernel's 65,535 for other memory.
+/// Each shared page takes one of the kernel's 65,535 entries, and QEMU keeps some for other memory.
 const RAM: u64 = 64 << 20;
 
 pub fn all() -> Vec<Scenario> {
@@ -78,13 +81,26 @@ fn copy(machine: &mut Machine, from: u64, to: u64) -> Result<()> {
     machine.ask_ok(&format!("dma write {to:#x}"))
 }
 
-/// The IOMMU stopped the device at this address.
-fn fault(log: &mut KernelLog, direction: &str, addr: u64) -> Result<()> {
-    log.wait_for(&[
-        "DMAR",
-        &format!("[DMA {direction}"),
-        &format!("fault addr {addr:#x} "),
-    ])
+/// The device copies, `read` or `write`, until the kernel says that the IOMMU stopped it at this
+/// address: it does not say so each time that faults come thick and fast.
+fn stopped(machine: &mut Machine, direction: &str, addr: u64) -> Result<()> {
+    let mut log = KernelLog::from_now()?;
+    let end = Instant::now() + DEADLINE;
+    let fault = format!("fault addr {addr:#x} ");
+    loop {
+        machine.ask_ok(&format!("dma {direction} {addr:#x}"))?;
+        let mut news = log.news()?.into_iter();
+        if news.any(|line| {
+            let line = line.to_lowercase();
+            line.contains(&format!("[dma {direction}")) && line.contains(&fault)
+        }) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < end,
+            "no fault of a {direction} at {addr:#x}"
+        );
+    }
 }
 
 fn dma(lab: &Lab, way: &Way) -> Result<()> {
@@ -101,20 +117,18 @@ fn dma(lab: &Lab, way: &Way) -> Result<()> {
     machine.check(TARGET + 2 * PAGE, 1, 9)?;
 
     // The page is the guest's alone as soon as it is told so.
-    let mut log = KernelLog::from_now()?;
-    machine.convert(TARGET + PAGE, 1, Private)?;
-    machine.ask_ok(&format!("dma write {:#x}", TARGET + PAGE))?;
-    machine.check_zero(TARGET + PAGE, 1)?;
-    fault(&mut log, "Write", TARGET + PAGE)?;
+    let hidden = TARGET + PAGE;
+    machine.convert(hidden, 1, Private)?;
+    machine.ask_ok(&format!("dma write {hidden:#x}"))?;
+    machine.check_zero(hidden, 1)?;
     same(way.pinned, way.pinned(&machine)?, all - PAGE)?;
-    machine.fill(TARGET + PAGE, 1, 8)?;
-    machine.ask_ok(&format!("dma write {:#x}", TARGET + PAGE))?;
-    machine.check(TARGET + PAGE, 1, 8)?;
-    machine.ask_ok(&format!("dma read {:#x}", TARGET + PAGE))?;
-    fault(&mut log, "Read", TARGET + PAGE)?;
+    machine.fill(hidden, 1, 8)?;
+    stopped(&mut machine, "write", hidden)?;
+    machine.check(hidden, 1, 8)?;
+    stopped(&mut machine, "read", hidden)?;
     machine.ask_ok(&format!("dma write {TARGET:#x}"))?;
-    let reply = machine.ask(&format!("check {TARGET:#x} 1 8 {:#x}", TARGET + PAGE))?;
-    ensure!(reply != "ok", "the device has read a private page");
+    let read = machine.ask(&format!("check {TARGET:#x} 1 8 {hidden:#x}"))?;
+    ensure!(read != "ok", "the device has read a private page");
     same_held(&machine.region("ram0")?, PAGE)?;
 
     // Neighbours can be reached all the while, and the page itself once it is shared again.
@@ -147,41 +161,35 @@ fn storm(lab: &Lab, way: &Way) -> Result<()> {
     machine.finish()
 }
 
-/// What the guest asked for cannot be mapped: it stays private, and the guest is told.
-fn not_shared(machine: &mut Machine, way: &Way, errno: i32) -> Result<()> {
-    let pinned = way.pinned(machine)?;
-    let ret = machine.hypercall(BASE, 16, Shared)?;
-    same("what the guest got", ret, -i64::from(errno))?;
-    same("private", machine.region("ram0")?.private, 16 * PAGE)?;
-    same(way.pinned, way.pinned(machine)?, pinned)?;
-    machine.check(BASE, 16, 7)?;
-    let mut log = KernelLog::from_now()?;
-    machine.ask_ok(&format!("dma write {BASE:#x}"))?;
-    fault(&mut log, "Write", BASE)?;
-    machine.check(BASE, 16, 7)
-}
-
-/// Room again: the guest converts, and the device reaches what it has shared.
-fn shared_at_last(mut machine: Machine) -> Result<()> {
-    machine.convert(BASE, 16, Shared)?;
-    machine.fill(BASE, 1, 5)?;
-    copy(&mut machine, BASE, BASE + 15 * PAGE)?;
-    machine.check_moved(BASE + 15 * PAGE, BASE, 1, 5)?;
-    still_converts(&mut machine)?;
-    machine.finish()
-}
-
-/// Where each shared page cannot have its entry, QEMU says so before the guest runs.
+/// Not every shared page can have its entry: QEMU 10.2 does not start, nor with 256 MiB at the
+/// kernel's own limit; 10.0 gives the device no memory.
 fn entry_limit(lab: &Lab) -> Result<()> {
-    let says = |text: String| {
-        let expected = "possibly running out of DMA mappings";
-        ensure!(text.contains(expected), "QEMU does not say so: {text}");
+    let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", 16000)?;
+    let launch = TYPE1.launch(lab, RAM)?;
+    let refused = |launch: Launch| {
+        let said = launch.refused()?;
+        ensure!(said.contains("out of DMA mappings"), "QEMU said: {said}");
         Ok(())
     };
-    says(TYPE1.launch(lab, 4 * RAM)?.refused()?)?;
-    let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", 16384)?;
-    says(TYPE1.launch(lab, RAM)?.refused()?)?;
-    drop(limit);
+    if lab.line == "10.0" {
+        let mut machine = started(launch)?;
+        machine.fill(BASE, 1, 7)?;
+        stopped(&mut machine, "write", BASE)?;
+        machine.check(BASE, 1, 7)?;
+        // What had been mapped before the limit was reached is not: only firmware and low RAM are.
+        let pinned = TYPE1.pinned(&machine)?;
+        ensure!(pinned < 2 << 20, "{pinned} bytes are pinned");
+        still_converts(&mut machine)?;
+        let said = machine.finish_with_log()?;
+        ensure!(
+            said.contains("reaches no guest memory"),
+            "QEMU said: {said}"
+        );
+    } else {
+        refused(launch)?;
+        drop(limit);
+        refused(TYPE1.launch(lab, 4 * RAM)?)?;
+    }
     TYPE1.start(lab)?.finish()
 }
 
@@ -197,9 +205,7 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
     same("what the guest got", ret, -i64::from(libc::ENOMEM))?;
     same("private", machine.region("ram0")?.private, 16 * PAGE)?;
     same(way.pinned, way.pinned(&machine)?, pinned)?;
-    let mut log = KernelLog::from_now()?;
-    machine.ask_ok(&format!("dma write {BASE:#x}"))?;
-    fault(&mut log, "Write", BASE)?;
+    stopped(&mut machine, "write", BASE)?;
     machine.check(BASE, 16, 7)?;
 
     drop(limit);

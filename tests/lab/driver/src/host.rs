@@ -8,16 +8,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sys::{reboot, termios};
-
-use crate::qmp::DEADLINE;
 
 const GROUPS: &str = "/sys/fs/cgroup";
 
@@ -375,7 +371,7 @@ pub fn assignable() -> Result<Result<String, &'static str>> {
     Ok(Err("there is no device to be assigned"))
 }
 
-/// What the kernel says from now on.
+/// What the kernel says from now on, one line at a time.
 pub struct KernelLog(File);
 
 impl KernelLog {
@@ -388,22 +384,13 @@ impl KernelLog {
         Ok(KernelLog(log))
     }
 
-    /// Waits for a line in which all of these occur.
-    pub fn wait_for(&mut self, all: &[&str]) -> Result<()> {
-        let end = Instant::now() + DEADLINE;
+    pub fn news(&mut self) -> Result<Vec<String>> {
+        let mut news = Vec::new();
         let mut record = [0; 8192];
         loop {
             match self.0.read(&mut record) {
-                Ok(size) => {
-                    let line = String::from_utf8_lossy(&record[..size]);
-                    if all.iter().all(|part| line.contains(part)) {
-                        return Ok(());
-                    }
-                }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    ensure!(Instant::now() < end, "the kernel does not say {all:?}");
-                    thread::sleep(Duration::from_millis(10));
-                }
+                Ok(size) => news.push(String::from_utf8_lossy(&record[..size]).into_owned()),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(news),
                 // What was to be read has been overwritten meanwhile.
                 Err(e) if e.raw_os_error() == Some(libc::EPIPE) => {}
                 Err(e) => return Err(e).context("/dev/kmsg"),
