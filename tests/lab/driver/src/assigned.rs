@@ -166,31 +166,38 @@ fn storm(lab: &Lab, way: &Way) -> Result<()> {
 fn entry_limit(lab: &Lab) -> Result<()> {
     let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", 16000)?;
     let launch = TYPE1.launch(lab, RAM)?;
-    let refused = |launch: Launch| {
-        let said = launch.refused()?;
-        ensure!(said.contains("out of DMA mappings"), "QEMU said: {said}");
-        Ok(())
-    };
     if lab.line == "10.0" {
-        let mut machine = started(launch)?;
-        machine.fill(BASE, 1, 7)?;
-        stopped(&mut machine, "write", BASE)?;
-        machine.check(BASE, 1, 7)?;
-        // What had been mapped before the limit was reached is not: only firmware and low RAM are.
-        let pinned = TYPE1.pinned(&machine)?;
-        ensure!(pinned < 2 << 20, "{pinned} bytes are pinned");
-        still_converts(&mut machine)?;
-        let said = machine.finish_with_log()?;
-        ensure!(
-            said.contains("reaches no guest memory"),
-            "QEMU said: {said}"
-        );
-    } else {
-        refused(launch)?;
+        reaches_nothing(started(launch)?)?;
         drop(limit);
-        refused(TYPE1.launch(lab, 4 * RAM)?)?;
+    } else {
+        out_of_mappings(launch)?;
+        drop(limit);
+        out_of_mappings(TYPE1.launch(lab, 4 * RAM)?)?;
     }
-    TYPE1.start(lab)?.finish()
+    let mut machine = TYPE1.start(lab)?;
+    machine.fill(BASE, 1, 7)?;
+    copy(&mut machine, BASE, BASE + PAGE)?;
+    machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
+    machine.finish()
+}
+
+fn out_of_mappings(launch: Launch) -> Result<()> {
+    let said = launch.refused()?;
+    ensure!(said.contains("out of DMA mappings"), "QEMU said: {said}");
+    Ok(())
+}
+
+fn reaches_nothing(mut machine: Machine) -> Result<()> {
+    machine.fill(BASE, 1, 7)?;
+    stopped(&mut machine, "write", BASE)?;
+    machine.check(BASE, 1, 7)?;
+    // What had been mapped before the limit was reached is not: only firmware and low RAM are.
+    let pinned = TYPE1.pinned(&machine)?;
+    ensure!(pinned < 2 << 20, "{pinned} bytes are pinned");
+    still_converts(&mut machine)?;
+    let said = machine.finish_with_log()?;
+    ensure!(said.contains("no guest memory"), "QEMU said: {said}");
+    Ok(())
 }
 
 /// What the guest asked for cannot be pinned: it stays private, the guest is told, and the machine
