@@ -243,10 +243,11 @@ struct privmem_region_options {
 /**
  * A downstream mapper of a region's shared store, such as VFIO: told before
  * shared memory goes and after it has come. Offsets and sizes are in bytes of
- * the region. Calls come per run, not per page; a conversion cuts runs into
- * pieces of at most 64 MiB. A discard may cover a part of what was populated
- * in one call, or what was in several, and memory that is not mapped, which it
- * passes over.
+ * the region; a conversion cuts runs at the multiples of 64 MiB.
+ *
+ * The library knows what the listener maps: it is asked to give up only that, and
+ * to map only what it does not. A discard may cover what was populated by several
+ * calls and, without a granularity, a part of what was populated by one.
  *
  * The functions are called on the thread that converts, discards, loads, adds
  * or removes a listener, resets or frees the region, with locks held. They must call no
@@ -264,14 +265,29 @@ struct privmem_listener {
    */
   void *opaque;
   /**
-   * Shared memory is about to go: on return no translation to it is left.
+   * Shared memory is about to go: on return no translation to it is left. It
+   * was populated by `entries` calls (0 without a granularity). Returns 0, or a
+   * negative errno with all of it still mapped: the conversion is undone then.
    */
-  void (*discard)(void *opaque, uint64_t offset, uint64_t size);
+  int (*discard)(void *opaque, uint64_t offset, uint64_t size, uint64_t entries);
   /**
-   * Shared memory has come and may be mapped. Returns 0, or a negative
-   * errno with none of it mapped: the conversion is undone then.
+   * Shared memory has come and is to be mapped, by one entry. Returns 0, or a
+   * negative errno with none of it mapped: the conversion is undone then.
    */
   int (*populate)(void *opaque, uint64_t offset, uint64_t size);
+  /**
+   * What of the region the listener is told of; `length` 0 for all of it.
+   */
+  uint64_t offset;
+  uint64_t length;
+  /**
+   * For a listener that can give up entries only as a whole: bytes of one, a
+   * power of two, at most 64 MiB. Blocks of so many that become shared as a whole
+   * are mapped by one entry each, and are refused (-EBUSY) to a conversion that
+   * makes a part of one private; the rest is mapped page by page. 0 for a
+   * listener that can give up any part of an entry: it is told run by run.
+   */
+  uint64_t granularity;
 };
 
 /**
@@ -924,9 +940,9 @@ int privmem_region_private_fd(const struct privmem_region *region);
  * this function returns, and of what goes and comes from then on. The table is
  * copied. Waits for conversions that run.
  *
- * Errors: -EINVAL for NULL, a table that is too small or lacks a function;
- * -EEXIST where one with this `opaque` is registered; what the listener
- * returned, which is not registered then.
+ * Errors: -EINVAL for NULL, a table that is too small, lacks a function, or has a
+ * range or a granularity that cannot be; -EEXIST where one with this `opaque` is
+ * registered; what the listener returned, which is not registered then.
  *
  * # Safety
  * `region` is NULL or a live handle; `listener` is NULL or a table whose
@@ -938,7 +954,8 @@ int privmem_region_add_listener(const struct privmem_region *region,
 
 /**
  * Takes all that is shared from the listener with this `opaque`, and forgets
- * it. Waits for conversions that run. -ENOENT where there is none.
+ * it, also where it fails to give that up, which is returned. Waits for
+ * conversions that run. -ENOENT where there is none.
  *
  * # Safety
  * `region` is NULL or a live handle.

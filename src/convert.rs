@@ -29,7 +29,7 @@ use crate::vm::{Binding, Bindings, Vm, overlapping, seen};
 
 /// At most this many bytes in one call into the kernel, which holds its
 /// memory-slot lock meanwhile.
-const PIECE: u64 = 64 << 20;
+pub(crate) const PIECE: u64 = 64 << 20;
 
 /// At most this many pieces, and bytes, while locks are held: changes of
 /// memory slots and requests for the same memory get their turn in between.
@@ -135,8 +135,13 @@ impl<'a> Segment<'a> {
     }
 
     #[inline(always)]
-    fn discard(&self) {
-        self.region.listeners.discard(self.offsets);
+    fn discard(&self) -> Result<()> {
+        self.region.listeners.discard(self.offsets)
+    }
+
+    /// Has what was discarded mapped again; returns how many bytes are not.
+    fn restore(&self) -> u64 {
+        self.region.listeners.restore(self.offsets)
     }
 
     #[inline(always)]
@@ -402,9 +407,6 @@ fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
     let Some((step, rest)) = Step::of(segments, to) else {
         return Ok(None);
     };
-    if to == Side::Private {
-        step.each(|_, change| change.discard());
-    }
     let mut done = Done::default();
     match convert(&step, &mut done) {
         Ok(()) => {
@@ -554,6 +556,9 @@ struct Done {
 
 fn convert(step: &Step, done: &mut Done) -> Result<()> {
     let to = step.to;
+    if to == Side::Private {
+        step.try_each(|_, change| change.discard())?;
+    }
     step.try_each(|_, change| {
         change.clear(to)?;
         change.allocate(to)?;
@@ -602,10 +607,10 @@ fn lock<'a>(segments: &[Segment<'a>]) -> Guards<'a> {
 #[cold]
 fn undo(step: &Step, done: &Done, cause: Error) -> Error {
     let to = step.to;
-    let (mut contents_lost, mut stuck, mut unmapped) = (0, 0, 0);
+    let (mut contents_lost, mut stuck, mut unmapped, mut stale) = (0, 0, 0, 0);
     step.each(|number, change| {
         if number < done.populated {
-            change.discard();
+            let _ = change.discard();
         }
     });
     step.each(|number, change| {
@@ -617,8 +622,8 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
             change.after(to);
             stuck += bytes;
             // It is shared now, whatever was asked for.
-            if to == Side::Shared && change.populate().is_err() {
-                unmapped += bytes;
+            if to == Side::Shared {
+                unmapped += change.restore();
             }
             return;
         }
@@ -632,15 +637,16 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
         if reached(done.punched) && !change.region.keeps(to.other()) {
             contents_lost += bytes;
         }
-        if to == Side::Private && change.populate().is_err() {
-            unmapped += bytes;
+        match to {
+            Side::Private => unmapped += change.restore(),
+            Side::Shared => stale += change.region.listeners.mapped(change.offsets),
         }
     });
     if to == Side::Shared {
         // Only now is it known which huge pages have nothing shared.
         step.each(|_, change| change.region.punch_huge_pages(change.offsets));
     }
-    if contents_lost == 0 && stuck == 0 && unmapped == 0 {
+    if [contents_lost, stuck, unmapped, stale] == [0; 4] {
         return cause;
     }
     let cause = Box::new(cause);
@@ -649,6 +655,7 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
         contents_lost,
         stuck,
         unmapped,
+        stale,
     }
 }
 

@@ -51,6 +51,13 @@ pub enum Error {
     #[error("the region has no such listener")]
     NoSuchListener,
 
+    #[error(
+        "an assigned device reaches the {size:#x} bytes at offset {start:#x} by one mapping, which \
+         cannot be split while it may be in use: they become private as a whole, or with a smaller \
+         'dma-granularity'"
+    )]
+    PartOfEntry { start: u64, size: u64 },
+
     #[error("region '{0}' already has a host mapping, or has private memory already")]
     MappingTooLate(String),
 
@@ -159,7 +166,7 @@ pub enum Error {
     },
 
     /// A conversion failed half-way and was undone as far as the kernel allows.
-    #[error("{cause}{}", undo_text(*.contents_lost, *.stuck, *.unmapped))]
+    #[error("{cause}{}", undo_text(*.contents_lost, *.stuck, *.unmapped, *.stale))]
     Undone {
         cause: Box<Error>,
         /// Bytes that are on their old side again but read zero now.
@@ -168,6 +175,9 @@ pub enum Error {
         stuck: u64,
         /// Bytes that a downstream listener would not map again.
         unmapped: u64,
+        /// Bytes that are private and that a downstream listener still maps: what
+        /// it reaches there is the shared store.
+        stale: u64,
     },
 
     #[error("this host has pages of {0} bytes; the library is made for pages of 4096 bytes")]
@@ -183,7 +193,7 @@ pub enum Error {
     Panic(String),
 }
 
-fn undo_text(contents_lost: u64, stuck: u64, unmapped: u64) -> String {
+fn undo_text(contents_lost: u64, stuck: u64, unmapped: u64, stale: u64) -> String {
     let mut text = String::from("; the conversion was undone");
     if contents_lost != 0 {
         text += &format!(", but the contents of {contents_lost:#x} bytes are lost");
@@ -193,6 +203,9 @@ fn undo_text(contents_lost: u64, stuck: u64, unmapped: u64) -> String {
     }
     if unmapped != 0 {
         text += &format!("; a downstream listener did not map {unmapped:#x} bytes again");
+    }
+    if stale != 0 {
+        text += &format!("; a downstream listener still maps {stale:#x} bytes");
     }
     text
 }
@@ -224,7 +237,9 @@ impl Error {
             | Error::NoSuchFailedConversion { .. }
             | Error::NoSuchFailure { .. }
             | Error::NoSuchListener => libc::ENOENT,
-            Error::MappingTooLate(_) | Error::PolicySetAlready(_) => libc::EBUSY,
+            Error::MappingTooLate(_) | Error::PolicySetAlready(_) | Error::PartOfEntry { .. } => {
+                libc::EBUSY
+            }
             Error::NoPrivateMemory(_)
             | Error::HostPageSize(_)
             | Error::CannotLoad(_)
@@ -258,6 +273,20 @@ impl Error {
             _ => return Error::kernel("userfaultfd", source),
         };
         let call = "userfaultfd";
+        Error::Kernel { call, source, hint }
+    }
+
+    /// A downstream listener refused.
+    pub(crate) fn listener(source: io::Error) -> Self {
+        let hint = match source.raw_os_error() {
+            Some(libc::ENOMEM) => " (no memory, or over RLIMIT_MEMLOCK or a cgroup's limit)",
+            Some(libc::ENOSPC) => {
+                " (no DMA mapping is left: raise vfio_iommu_type1.dma_entry_limit, use iommufd, or \
+                 a larger 'dma-granularity')"
+            }
+            _ => "",
+        };
+        let call = "a downstream listener";
         Error::Kernel { call, source, hint }
     }
 

@@ -134,7 +134,8 @@ impl Region {
     fn retire(&self, bindings: &Bindings, failure: &mut Failure) -> Result<()> {
         let Failure { side, page, .. } = *failure;
         let lost = || self.runs_on(side, page);
-        self.announce(bindings, side, page);
+        let not_retired = |cause| self.not_retired(page, cause);
+        self.announce(bindings, side, page).map_err(not_retired)?;
         self.give_up(side, page)?;
         let replaced = lost().try_for_each(|run| self.allocate(side, run));
         if side == Side::Shared {
@@ -162,11 +163,15 @@ impl Region {
             }
             self.free(side, page)
         };
-        freed().map_err(|cause| Error::NotRetired {
+        freed().map_err(|cause| self.not_retired(page, cause))
+    }
+
+    fn not_retired(&self, page: Range, cause: Error) -> Error {
+        Error::NotRetired {
             page,
             name: self.name.clone(),
             cause: Box::new(cause),
-        })
+        }
     }
 
     /// Where the guest sees what of `offsets` is on `side`.

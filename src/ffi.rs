@@ -399,10 +399,11 @@ pub struct privmem_binding {
 
 /// A downstream mapper of a region's shared store, such as VFIO: told before
 /// shared memory goes and after it has come. Offsets and sizes are in bytes of
-/// the region. Calls come per run, not per page; a conversion cuts runs into
-/// pieces of at most 64 MiB. A discard may cover a part of what was populated
-/// in one call, or what was in several, and memory that is not mapped, which it
-/// passes over.
+/// the region; a conversion cuts runs at the multiples of 64 MiB.
+///
+/// The library knows what the listener maps: it is asked to give up only that, and
+/// to map only what it does not. A discard may cover what was populated by several
+/// calls and, without a granularity, a part of what was populated by one.
 ///
 /// The functions are called on the thread that converts, discards, loads, adds
 /// or removes a listener, resets or frees the region, with locks held. They must call no
@@ -416,19 +417,34 @@ pub struct privmem_listener {
     pub size: usize,
     /// Handed to the functions; also tells this listener from others.
     pub opaque: *mut c_void,
-    /// Shared memory is about to go: on return no translation to it is left.
-    pub discard: Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, size: u64)>,
-    /// Shared memory has come and may be mapped. Returns 0, or a negative
-    /// errno with none of it mapped: the conversion is undone then.
+    /// Shared memory is about to go: on return no translation to it is left. It
+    /// was populated by `entries` calls (0 without a granularity). Returns 0, or a
+    /// negative errno with all of it still mapped: the conversion is undone then.
+    pub discard: Option<
+        unsafe extern "C" fn(opaque: *mut c_void, offset: u64, size: u64, entries: u64) -> c_int,
+    >,
+    /// Shared memory has come and is to be mapped, by one entry. Returns 0, or a
+    /// negative errno with none of it mapped: the conversion is undone then.
     pub populate:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, size: u64) -> c_int>,
+    /// What of the region the listener is told of; `length` 0 for all of it.
+    pub offset: u64,
+    pub length: u64,
+    /// For a listener that can give up entries only as a whole: bytes of one, a
+    /// power of two, at most 64 MiB. Blocks of so many that become shared as a whole
+    /// are mapped by one entry each, and are refused (-EBUSY) to a conversion that
+    /// makes a part of one private; the rest is mapped page by page. 0 for a
+    /// listener that can give up any part of an entry: it is told run by run.
+    pub granularity: u64,
 }
 
 /// A [`privmem_listener`] that has both functions.
 struct CListener {
     opaque: *mut c_void,
-    discard: unsafe extern "C" fn(*mut c_void, u64, u64),
+    discard: unsafe extern "C" fn(*mut c_void, u64, u64, u64) -> c_int,
     populate: unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int,
+    range: Option<Range>,
+    granularity: Option<u64>,
 }
 
 // SAFETY: whoever adds a listener promises that its functions may be called
@@ -437,20 +453,34 @@ unsafe impl Send for CListener {}
 // SAFETY: as above.
 unsafe impl Sync for CListener {}
 
+/// What a C callback returned.
+fn answer(errno: c_int) -> io::Result<()> {
+    match errno {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(
+            errno.checked_abs().unwrap_or(libc::EIO),
+        )),
+    }
+}
+
 impl Listener for CListener {
-    fn discard(&self, offsets: Range) {
+    fn discard(&self, offsets: Range, entries: u64) -> io::Result<()> {
+        let (offset, size) = (offsets.start(), offsets.len());
         // SAFETY: the listener is registered, so that both are valid.
-        unsafe { (self.discard)(self.opaque, offsets.start(), offsets.len()) }
+        answer(unsafe { (self.discard)(self.opaque, offset, size, entries) })
     }
 
     fn populate(&self, offsets: Range) -> io::Result<()> {
         // SAFETY: as above.
-        match unsafe { (self.populate)(self.opaque, offsets.start(), offsets.len()) } {
-            0 => Ok(()),
-            errno => Err(io::Error::from_raw_os_error(
-                errno.checked_abs().unwrap_or(libc::EIO),
-            )),
-        }
+        answer(unsafe { (self.populate)(self.opaque, offsets.start(), offsets.len()) })
+    }
+
+    fn granularity(&self) -> Option<u64> {
+        self.granularity
+    }
+
+    fn range(&self) -> Option<Range> {
+        self.range
     }
 
     fn identity(&self) -> usize {
@@ -1470,9 +1500,9 @@ unsafe fn store_fd(region: *const privmem_region, side: Side) -> c_int {
 /// this function returns, and of what goes and comes from then on. The table is
 /// copied. Waits for conversions that run.
 ///
-/// Errors: -EINVAL for NULL, a table that is too small or lacks a function;
-/// -EEXIST where one with this `opaque` is registered; what the listener
-/// returned, which is not registered then.
+/// Errors: -EINVAL for NULL, a table that is too small, lacks a function, or has a
+/// range or a granularity that cannot be; -EEXIST where one with this `opaque` is
+/// registered; what the listener returned, which is not registered then.
 ///
 /// # Safety
 /// `region` is NULL or a live handle; `listener` is NULL or a table whose
@@ -1497,17 +1527,23 @@ pub unsafe extern "C" fn privmem_region_add_listener(
         let (Some(discard), Some(populate)) = (table.discard, table.populate) else {
             return Err(null("a function of the listener"));
         };
-        let opaque = table.opaque;
+        let range = match table.length {
+            0 => None,
+            length => Some(Range::new(table.offset, length)?),
+        };
         region.0.add_listener(Arc::new(CListener {
-            opaque,
+            opaque: table.opaque,
             discard,
             populate,
+            range,
+            granularity: (table.granularity != 0).then_some(table.granularity),
         }))
     })
 }
 
 /// Takes all that is shared from the listener with this `opaque`, and forgets
-/// it. Waits for conversions that run. -ENOENT where there is none.
+/// it, also where it fails to give that up, which is returned. Waits for
+/// conversions that run. -ENOENT where there is none.
 ///
 /// # Safety
 /// `region` is NULL or a live handle.

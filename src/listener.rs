@@ -5,32 +5,205 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use crate::convert::PIECE;
 use crate::error::{Error, Result};
-use crate::range::Range;
+use crate::range::{GRANULE, Range};
+use crate::state::{Side, StateMap};
 
 /// A downstream mapper of a region's shared store.
 ///
 /// Called with locks held, on the thread that converts or that adds or removes
 /// the listener: it must do neither itself, nor wait for one that does. Ranges
-/// are offsets into the region; calls come per run, not per page.
+/// are offsets into the region.
 pub trait Listener: Send + Sync {
-    /// Shared memory is about to go: on return no translation to it is left.
-    /// Part of it may not be mapped.
-    fn discard(&self, offsets: Range);
+    /// Shared memory is about to go, all of it mapped, by `entries` calls of
+    /// `populate` (0 where the listener has no [`Listener::granularity`]): on
+    /// return no translation to it is left. On failure all of it is still mapped,
+    /// and what was asked for is undone.
+    fn discard(&self, offsets: Range, entries: u64) -> io::Result<()>;
 
-    /// Shared memory has come, and may be mapped. On failure the listener has
-    /// mapped none of it, and the conversion is undone.
+    /// Shared memory has come, none of it mapped, and is to be mapped by one
+    /// entry. On failure none of it is, and the conversion is undone.
     fn populate(&self, offsets: Range) -> io::Result<()>;
+
+    /// For a listener that can give up entries only as a whole: bytes of one, a
+    /// power of two up to 64 MiB. Blocks of so many that become shared as a whole are mapped
+    /// by one entry each, and go private as a whole only; the rest is mapped granule
+    /// by granule. Without, the listener is told run by run, and may have to give
+    /// up any part.
+    fn granularity(&self) -> Option<u64> {
+        None
+    }
+
+    /// What of the region it is told of, if not of all.
+    fn range(&self) -> Option<Range> {
+        None
+    }
 
     /// Tells this listener of a region from others.
     fn identity(&self) -> usize;
+}
+
+/// What is mapped, in a map of its own.
+const MAPPED: Side = Side::Shared;
+
+/// A listener and what it maps. Written under the lock of what it is about.
+struct Mapper {
+    listener: Arc<dyn Listener>,
+    /// What of the region it is told of.
+    range: Range,
+    mapped: StateMap,
+    /// Bytes of a block, which what becomes shared at once is mapped by.
+    block: Option<u64>,
+    /// Which blocks are mapped by one entry each. A block changes only with all
+    /// of it locked, so that who has a part of it locked may look.
+    blocks: StateMap,
+}
+
+impl Mapper {
+    fn new(listener: Arc<dyn Listener>, region: Range) -> Result<Mapper> {
+        let block = listener.granularity();
+        let is_size = |block: &u64| block.is_power_of_two() && (GRANULE..=PIECE).contains(block);
+        if let Some(block) = block.filter(|block| !is_size(block)) {
+            let text = format!("a listener cannot have a granularity of {block:#x} bytes");
+            return Err(Error::InvalidArgument(text));
+        }
+        let blocks = match block {
+            None | Some(GRANULE) => 0,
+            Some(block) => (region.len() / block) as usize,
+        };
+        let range = listener.range().unwrap_or(region);
+        if range.end() > region.end() {
+            return Err(Error::OutsideRegion(range, region.len()));
+        }
+        Ok(Mapper {
+            listener,
+            range,
+            mapped: StateMap::new(region.granules().len(), MAPPED.other())?,
+            block,
+            blocks: StateMap::new(blocks, MAPPED.other())?,
+        })
+    }
+
+    /// The runs of `offsets` that are mapped, or that are not. (That each is
+    /// changed before the next one is asked for makes no difference.)
+    fn runs(&self, offsets: Range, side: Side) -> impl Iterator<Item = Range> {
+        let ours = offsets.intersection(&self.range).into_iter();
+        ours.flat_map(move |offsets| {
+            let runs = self.mapped.runs(offsets.granules());
+            runs.filter(move |run| run.side == side)
+                .map(|run| Range::from_granules(run.granules))
+        })
+    }
+
+    /// The numbers of the blocks that lie in `offsets` as a whole.
+    fn whole_blocks(&self, offsets: Range) -> std::ops::Range<usize> {
+        let block = self.block.filter(|_| !self.blocks.is_empty());
+        let whole = block.and_then(|block| Some((block, offsets.narrowed(block)?)));
+        whole.map_or(0..0, |(block, whole)| {
+            (whole.start() / block) as usize..(whole.end() / block) as usize
+        })
+    }
+
+    /// The entries that map what has become shared at once.
+    fn entries(&self, offsets: Range) -> impl Iterator<Item = Range> + use<> {
+        let (unit, whole) = match self.block {
+            Some(block) => (block, offsets.narrowed(block)),
+            None => (u64::MAX, Some(offsets)),
+        };
+        let [before, after] = match whole {
+            Some(whole) => offsets.without(&whole),
+            None => [Some(offsets), None],
+        };
+        let parts = [(before, GRANULE), (whole, unit), (after, GRANULE)];
+        let pieces = |(part, unit): (Option<Range>, u64)| Some(part?.pieces(unit));
+        parts.into_iter().filter_map(pieces).flatten()
+    }
+
+    fn count_entries(&self, offsets: Range) -> u64 {
+        let Some(block) = self.block else {
+            return 0;
+        };
+        let blocks = self.whole_blocks(offsets);
+        let whole = blocks.len() - self.blocks.count_private(blocks);
+        (offsets.len() - whole as u64 * (block - GRANULE)) / GRANULE
+    }
+
+    /// Maps `offsets`, of which nothing is mapped, up to the entry that is refused.
+    fn map(&self, offsets: Range) -> std::result::Result<(), (Range, io::Error)> {
+        for entry in self.entries(offsets) {
+            if let Err(error) = self.listener.populate(entry) {
+                if let [Some(done), _] = offsets.without(&entry) {
+                    self.mapped.set(done.granules(), MAPPED);
+                }
+                return Err((entry, error));
+            }
+            self.blocks.set(self.whole_blocks(entry), MAPPED);
+        }
+        self.mapped.set(offsets.granules(), MAPPED);
+        Ok(())
+    }
+
+    /// Maps all of `offsets`, or nothing of it.
+    fn populate(&self, offsets: Range) -> Result<()> {
+        // What it would not give up when it became private: it would miss the
+        // page that is there now.
+        self.discard(offsets)?;
+        let mut missing = self.runs(offsets, MAPPED.other());
+        let mapped = missing.try_for_each(|run| self.map(run));
+        mapped.map_err(|(_, error)| {
+            let _ = self.discard(offsets);
+            Error::listener(error)
+        })
+    }
+
+    /// Maps as much as can be of what is not mapped; returns how many bytes are
+    /// not.
+    fn restore(&self, offsets: Range) -> u64 {
+        let mut unmapped = 0;
+        for run in self.runs(offsets, MAPPED.other()) {
+            let mut rest = Some(run);
+            while let Some(Err((refused, _))) = rest.map(|rest| self.map(rest)) {
+                unmapped += refused.len();
+                [_, rest] = run.without(&refused);
+            }
+        }
+        unmapped
+    }
+
+    /// Gives up what of `offsets` is mapped.
+    fn discard(&self, offsets: Range) -> Result<()> {
+        self.check_whole(offsets)?;
+        for run in self.runs(offsets, MAPPED) {
+            let entries = self.count_entries(run);
+            let given_up = self.listener.discard(run, entries);
+            given_up.map_err(Error::listener)?;
+            self.mapped.set(run.granules(), MAPPED.other());
+            self.blocks.set(self.whole_blocks(run), MAPPED.other());
+        }
+        Ok(())
+    }
+
+    /// Refuses to give up a part of an entry: the rest of it may be in use.
+    fn check_whole(&self, offsets: Range) -> Result<()> {
+        let block = self.block.unwrap_or(GRANULE);
+        for end in [offsets.start(), offsets.end()] {
+            let number = (end / block) as usize;
+            let cuts = !end.is_multiple_of(block) && number < self.blocks.len();
+            if cuts && self.blocks.side(number) == MAPPED {
+                let start = number as u64 * block;
+                return Err(Error::PartOfEntry { start, size: block });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The listeners of a region, in order of registration. The list changes only
 /// under the lock of the whole region, so never within a conversion.
 #[derive(Default)]
 pub(crate) struct Listeners {
-    list: RwLock<Vec<Arc<dyn Listener>>>,
+    list: RwLock<Vec<Mapper>>,
     /// There were some: without any, conversions do not meet at `list`.
     used: AtomicBool,
 }
@@ -38,66 +211,63 @@ pub(crate) struct Listeners {
 impl Listeners {
     /// Held while listeners run: who would change the list waits for the lock
     /// of the region anyway.
-    fn all(&self) -> RwLockReadGuard<'_, Vec<Arc<dyn Listener>>> {
+    fn all(&self) -> RwLockReadGuard<'_, Vec<Mapper>> {
         self.list.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a listener and shows it the shared `runs`. Nothing is added on failure.
+    /// Adds a listener to a region of this size and shows it the shared `runs`.
+    /// Nothing is added on failure.
     pub(crate) fn add(
         &self,
         listener: Arc<dyn Listener>,
-        runs: impl Iterator<Item = Range>,
+        size: Range,
+        mut runs: impl Iterator<Item = Range>,
     ) -> Result<()> {
-        if self
-            .all()
-            .iter()
-            .any(|l| l.identity() == listener.identity())
-        {
+        let identity = listener.identity();
+        if self.all().iter().any(|l| l.listener.identity() == identity) {
             return Err(Error::AlreadyListening);
         }
         self.used.store(true, Ordering::Relaxed);
-        let mut shown = Vec::new();
-        for run in runs {
-            if let Err(e) = listener.populate(run) {
-                shown.into_iter().for_each(|run| listener.discard(run));
-                return Err(Error::kernel("a downstream listener", e));
-            }
-            shown.push(run);
-        }
+        let mapper = Mapper::new(listener, size)?;
+        runs.try_for_each(|run| mapper.populate(run))
+            .inspect_err(|_| drop(mapper.discard(size)))?;
         let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
-        list.push(listener);
+        list.push(mapper);
         Ok(())
     }
 
-    /// Removes a listener, and takes the shared `runs` from it.
-    pub(crate) fn remove(&self, identity: usize, runs: impl Iterator<Item = Range>) -> Result<()> {
+    /// Removes a listener from a region of this size, after taking from it what
+    /// it maps. It is gone even if it fails to give that up.
+    pub(crate) fn remove(&self, identity: usize, size: Range) -> Result<()> {
         let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
-        let at = list.iter().position(|l| l.identity() == identity);
-        let listener = list.remove(at.ok_or(Error::NoSuchListener)?);
+        let at = list.iter().position(|l| l.listener.identity() == identity);
+        let mapper = list.remove(at.ok_or(Error::NoSuchListener)?);
         drop(list);
-        runs.for_each(|run| listener.discard(run));
-        Ok(())
+        mapper.discard(size)
     }
 
-    /// Forgets all listeners, after taking the shared `runs` from them.
-    pub(crate) fn clear(&self, runs: impl Iterator<Item = Range>) {
-        runs.for_each(|run| self.discard(run));
+    /// Forgets all listeners, after taking from them what they map.
+    pub(crate) fn clear(&self, size: Range) {
         let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
-        list.clear();
+        for mapper in list.drain(..) {
+            let _ = mapper.discard(size);
+        }
     }
 
+    /// All listeners give up `offsets`. On failure some of it may be given up, see
+    /// [`Listeners::restore`].
     #[inline(always)]
-    pub(crate) fn discard(&self, offsets: Range) {
-        if self.used.load(Ordering::Relaxed) {
-            self.discard_for_all(offsets);
+    pub(crate) fn discard(&self, offsets: Range) -> Result<()> {
+        match self.used.load(Ordering::Relaxed) {
+            true => self.discard_for_all(offsets),
+            false => Ok(()),
         }
     }
 
     #[inline(never)]
-    fn discard_for_all(&self, offsets: Range) {
-        for listener in self.all().iter() {
-            listener.discard(offsets);
-        }
+    fn discard_for_all(&self, offsets: Range) -> Result<()> {
+        let all = self.all();
+        all.iter().try_for_each(|mapper| mapper.discard(offsets))
     }
 
     /// All listeners map `offsets`, or none does.
@@ -112,12 +282,36 @@ impl Listeners {
     #[inline(never)]
     fn populate_for_all(&self, offsets: Range) -> Result<()> {
         let all = self.all();
-        for (done, listener) in all.iter().enumerate() {
-            if let Err(e) = listener.populate(offsets) {
-                all[..done].iter().for_each(|l| l.discard(offsets));
-                return Err(Error::kernel("a downstream listener", e));
-            }
+        for (done, mapper) in all.iter().enumerate() {
+            mapper.populate(offsets).inspect_err(|_| {
+                for mapper in &all[..done] {
+                    let _ = mapper.discard(offsets);
+                }
+            })?;
         }
         Ok(())
+    }
+
+    /// Has what of `offsets` was given up mapped again; returns how many bytes
+    /// one of the listeners does not map.
+    pub(crate) fn restore(&self, offsets: Range) -> u64 {
+        if !self.used.load(Ordering::Relaxed) {
+            return 0;
+        }
+        let unmapped = self
+            .all()
+            .iter()
+            .map(|mapper| mapper.restore(offsets))
+            .max();
+        unmapped.unwrap_or(0)
+    }
+
+    /// How many bytes of `offsets` one of the listeners maps.
+    pub(crate) fn mapped(&self, offsets: Range) -> u64 {
+        if !self.used.load(Ordering::Relaxed) {
+            return 0;
+        }
+        let mapped = |mapper: &Mapper| mapper.runs(offsets, MAPPED).map(|run| run.len()).sum();
+        self.all().iter().map(mapped).max().unwrap_or(0)
     }
 }

@@ -220,7 +220,11 @@ impl Region {
         let bindings = self.vm.bindings();
         let _held = self.lock.acquire(self.locked(offsets));
         for side in [Side::Shared, Side::Private] {
-            self.announce(&bindings, side, offsets);
+            self.announce(&bindings, side, offsets).inspect_err(|_| {
+                for run in self.runs_on(Side::Shared, offsets) {
+                    self.listeners.restore(run);
+                }
+            })?;
         }
         let free = |side| self.free(side, offsets);
         let freed = self.send_home(offsets);
@@ -276,12 +280,13 @@ impl Region {
     }
 
     /// Tells whoever maps what is on `side` of `offsets` that it goes.
-    pub(crate) fn announce(&self, bindings: &Bindings, side: Side, offsets: Range) {
+    pub(crate) fn announce(&self, bindings: &Bindings, side: Side, offsets: Range) -> Result<()> {
         match side {
-            Side::Shared => self
-                .runs_on(side, offsets)
-                .for_each(|run| self.listeners.discard(run)),
-            Side::Private => self.invalidate(bindings, offsets),
+            Side::Shared => self.listeners.discard(offsets),
+            Side::Private => {
+                self.invalidate(bindings, offsets);
+                Ok(())
+            }
         }
     }
 

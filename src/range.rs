@@ -125,6 +125,13 @@ impl Range {
         }
     }
 
+    /// The whole units of `unit` bytes, a power of two, that the range has.
+    pub(crate) fn narrowed(&self, unit: u64) -> Option<Range> {
+        let start = self.start.checked_next_multiple_of(unit)?;
+        let end = self.end & !(unit - 1);
+        (start < end).then_some(Range { start, end })
+    }
+
     /// The same bytes counted from another origin: `from` becomes `to`.
     /// `from` lies at or before the start, and `to + len` was checked before.
     pub(crate) fn rebase(&self, from: u64, to: u64) -> Range {
@@ -140,14 +147,14 @@ impl Range {
         (self.start / GRANULE) as usize..(self.end / GRANULE) as usize
     }
 
-    /// The range in pieces of at most `limit` bytes (a multiple of the granule).
+    /// The range, cut at the multiples of `limit` bytes (a multiple of the granule).
     pub(crate) fn pieces(self, limit: u64) -> impl Iterator<Item = Range> {
         let Range { mut start, end } = self;
         std::iter::from_fn(move || {
             (start < end).then(|| {
                 let piece = Range {
                     start,
-                    end: end.min(start.saturating_add(limit)),
+                    end: end.min((start - start % limit).saturating_add(limit)),
                 };
                 start = piece.end;
                 piece

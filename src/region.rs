@@ -247,24 +247,21 @@ impl Region {
     /// goes and comes. Waits for conversions that run.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Result<()> {
         let _held = self.lock.acquire(self.size);
-        self.listeners.add(listener, self.shared_runs())
+        let shared = self.runs_on(Side::Shared, self.size);
+        self.listeners.add(listener, self.size, shared)
     }
 
     /// Takes everything that is shared from the listener with this identity,
-    /// and forgets it.
+    /// and forgets it, even if it fails to give that up.
     pub fn remove_listener(&self, identity: usize) -> Result<()> {
         let _held = self.lock.acquire(self.size);
-        self.listeners.remove(identity, self.shared_runs())
+        self.listeners.remove(identity, self.size)
     }
 
     /// As [`Region::remove_listener`], for all; before the region goes.
     pub fn remove_all_listeners(&self) {
         let _held = self.lock.acquire(self.size);
-        self.listeners.clear(self.shared_runs());
-    }
-
-    fn shared_runs(&self) -> impl Iterator<Item = Range> {
-        self.runs_on(Side::Shared, self.size)
+        self.listeners.clear(self.size);
     }
 
     pub(crate) fn runs_on(&self, side: Side, offsets: Range) -> impl Iterator<Item = Range> {

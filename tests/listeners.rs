@@ -18,8 +18,14 @@ struct Setup {
 
 impl Setup {
     /// A region with several runs on each side, something in both stores, and
-    /// three listeners, of which the one in the middle may refuse.
+    /// three listeners, of which the one in the middle may refuse, either way.
     fn new() -> Setup {
+        Setup::with_block(None)
+    }
+
+    /// As [`Setup::new`], with listeners that can give up only whole entries, of
+    /// so many granules for a block that is shared as a whole.
+    fn with_block(block: Option<u64>) -> Setup {
         let kernel = Model::new();
         let vm = kernel.vm();
         let region = Region::new(&vm, "r", GRANULES * GRANULE).unwrap();
@@ -32,7 +38,12 @@ impl Setup {
             kernel.touch(&region, Side::Private, granule);
             kernel.touch(&region, Side::Shared, granule);
         }
-        let mappers = [false, true, false].map(|refuses| Mapper::new(&kernel, &region, refuses));
+        let mappers = [false, true, false].map(|may_refuse| {
+            Mapper::with(&kernel, &region, |mapper| {
+                (mapper.refuses, mapper.clings) = (may_refuse, may_refuse);
+                mapper.block = block;
+            })
+        });
         for mapper in &mappers {
             region.add_listener(mapper.clone()).unwrap();
         }
@@ -54,27 +65,29 @@ impl Setup {
 
     fn assert_mapped_is_shared(&self, why: &str) {
         for mapper in &self.mappers {
-            let mapped: Vec<_> = mapper.mapped.lock().unwrap().iter().copied().collect();
-            assert_eq!(mapped, self.shared(), "{why}");
+            assert_eq!(mapper.mapped(), self.shared(), "{why}");
         }
         self.kernel.assert_rules();
     }
 
     fn convert(&self, to: Side) -> privmem::Result<u64> {
-        self.vm.convert(GRANULE, 24 * GRANULE, to)
+        self.vm.convert(GRANULE, 23 * GRANULE, to)
     }
 }
 
 #[test]
 fn any_call_that_fails_is_undone_for_listeners_too() {
-    for to in [Side::Private, Side::Shared] {
+    for (to, block) in [Side::Private, Side::Shared]
+        .into_iter()
+        .flat_map(|to| [None, Some(1), Some(4)].map(|block| (to, block)))
+    {
         let mut number = 0;
         loop {
-            let setup = Setup::new();
+            let setup = Setup::with_block(block);
             let (shared, pages) = (setup.shared(), setup.kernel.pages());
             setup.kernel.set_fail(Fail::Once(number, libc::ENOSPC));
             let result = setup.convert(to);
-            let why = format!("call {number} to {to:?}");
+            let why = format!("call {number} to {to:?}, block {block:?}");
             if setup.kernel.calls() <= number {
                 result.unwrap();
                 setup.assert_mapped_is_shared(&why);
@@ -90,15 +103,171 @@ fn any_call_that_fails_is_undone_for_listeners_too() {
     }
 }
 
+/// To private, pieces are given up first: one that is not is still shared, and
+/// mapped.
+#[test]
+fn what_a_listener_does_not_give_up_stays_shared() {
+    let setup = Setup::new();
+    setup.kernel.set_fail(Fail::Once(0, libc::EIO));
+    let error = setup.vm.convert(0, GRANULE, Side::Private).unwrap_err();
+    assert!(!matches!(error, Error::Undone { .. }), "{error}");
+    assert!(error.to_string().contains("listener"), "{error}");
+    assert_eq!(error.errno(), libc::EIO);
+    setup.assert_mapped_is_shared("afterwards");
+    setup.vm.convert(0, GRANULE, Side::Private).unwrap();
+    setup.assert_mapped_is_shared("later");
+}
+
 #[test]
 fn a_listener_that_fails_twice_is_said() {
     let setup = Setup::new();
-    // To private: the first switch fails, and so does everything after it.
+    // To private: all is given up, the first switch fails, and so does everything
+    // after it.
     let pieces = 4;
-    setup.kernel.set_fail(Fail::From(pieces, libc::EIO));
+    setup
+        .kernel
+        .set_fail(Fail::From(pieces + pieces, libc::EIO));
     let error = setup.convert(Side::Private).unwrap_err();
     assert!(matches!(error, Error::Undone { unmapped, .. } if unmapped > 0));
     assert!(error.to_string().contains("did not map"), "{error}");
+}
+
+/// To shared: a granule is mapped, the next one is not, and the listener does
+/// not let go of the first any more.
+#[test]
+fn what_stays_mapped_is_said_and_mapped_anew_when_it_is_shared() {
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "r", 4 * GRANULE).unwrap();
+    kernel.bind(&region, &vm, 0, 0, 4);
+    vm.convert(0, 2 * GRANULE, Side::Private).unwrap();
+    let mapper = Mapper::with(&kernel, &region, |mapper| {
+        (mapper.refuses, mapper.clings) = (true, true);
+        mapper.block = Some(1);
+    });
+    region.add_listener(mapper.clone()).unwrap();
+    for number in 0.. {
+        kernel.set_fail(Fail::Twice(number, libc::EIO));
+        let error = vm.convert(0, 2 * GRANULE, Side::Shared).unwrap_err();
+        if matches!(
+            error,
+            Error::Undone {
+                stale: GRANULE,
+                stuck: 0,
+                ..
+            }
+        ) {
+            assert!(error.to_string().contains("still maps 0x1000"), "{error}");
+            break;
+        }
+        kernel.set_fail(Fail::Never);
+        vm.convert(0, 2 * GRANULE, Side::Private).unwrap();
+    }
+    assert_eq!(mapper.mapped(), [0, 2, 3]);
+    assert_eq!(region.info().private, 2 * GRANULE);
+    kernel.set_fail(Fail::Never);
+    vm.convert(0, 2 * GRANULE, Side::Shared).unwrap();
+    assert_eq!(mapper.mapped(), [0, 1, 2, 3]);
+}
+
+/// What becomes shared as a whole block is one entry, everything else an entry for
+/// each granule; so it stays whatever becomes of its neighbours.
+#[test]
+fn entries_are_blocks_where_they_became_shared_as_a_whole() {
+    let setup = Setup::with_block(Some(4));
+    let mapper = &setup.mappers[0];
+    let entries = || mapper.entries();
+    let [ones, blocks] = [0..2, 4..7].map(|own| own.map(|n| n..n + 1));
+    let first: Vec<_> = ones.chain(blocks).chain([8..12]).collect();
+    assert_eq!(entries()[..6], first[..]);
+
+    // Filled up, 0..4 stays as it is, in granules; 12..20 comes at once.
+    setup
+        .vm
+        .convert(2 * GRANULE, 2 * GRANULE, Side::Shared)
+        .unwrap();
+    setup
+        .vm
+        .convert(12 * GRANULE, 9 * GRANULE, Side::Private)
+        .unwrap();
+    setup
+        .vm
+        .convert(11 * GRANULE, 10 * GRANULE, Side::Shared)
+        .unwrap();
+    let wanted = [0..1, 1..2, 2..3, 3..4, 4..5, 5..6, 6..7, 8..12];
+    assert_eq!(entries()[..8], wanted);
+    assert_eq!(entries()[8..11], [12..16, 16..20, 20..21]);
+    setup.assert_mapped_is_shared("blocks");
+
+    // All of a block, with some around it, or a part of one in granules.
+    setup
+        .vm
+        .convert(11 * GRANULE, 0, Side::Private)
+        .unwrap_err();
+    setup
+        .vm
+        .convert(15 * GRANULE, GRANULE, Side::Private)
+        .unwrap_err();
+    setup
+        .vm
+        .convert(12 * GRANULE, 9 * GRANULE, Side::Private)
+        .unwrap();
+    setup
+        .vm
+        .convert(GRANULE, 2 * GRANULE, Side::Private)
+        .unwrap();
+    setup.assert_mapped_is_shared("granules");
+}
+
+/// A part of an entry is not given up, as the kernel cannot split one without
+/// taking all of it away for a moment; whatever else was asked for with it is
+/// as it was.
+#[test]
+fn a_part_of_an_entry_is_not_made_private() {
+    for (first, granules) in [(8, 1), (9, 2), (11, 3), (4, 5), (0, 9)] {
+        let setup = Setup::with_block(Some(4));
+        let before = setup.mappers[0].entries();
+        let error = setup
+            .vm
+            .convert(first * GRANULE, granules * GRANULE, Side::Private)
+            .unwrap_err();
+        assert!(matches!(error, Error::PartOfEntry { start, size }
+            if (start, size) == (8 * GRANULE, 4 * GRANULE)));
+        assert_eq!(error.errno(), libc::EBUSY);
+        assert!(error.to_string().contains("dma-granularity"), "{error}");
+        assert_eq!(setup.mappers[0].entries(), before);
+        setup.assert_mapped_is_shared("refused");
+    }
+}
+
+/// Where a listener is told of a part of a region only, blocks at its ends are
+/// mapped granule by granule.
+#[test]
+fn a_listener_may_be_told_of_a_part() {
+    let setup = Setup::new();
+    let part = Mapper::with(&setup.kernel, &setup.region, |mapper| {
+        mapper.block = Some(4);
+        mapper.range = Some(8..14);
+    });
+    setup.region.add_listener(part.clone()).unwrap();
+    assert_eq!(part.entries(), [8..12, 12..13, 13..14]);
+    setup
+        .vm
+        .convert(13 * GRANULE, 2 * GRANULE, Side::Private)
+        .unwrap();
+    assert_eq!(part.entries(), [8..12, 12..13]);
+    setup.vm.convert(GRANULE, GRANULE, Side::Private).unwrap();
+    setup.region.reset().unwrap();
+    assert_eq!(part.mapped(), [8, 9, 10, 11, 12, 13]);
+    setup.region.remove_listener(part.identity()).unwrap();
+    assert_eq!(part.mapped(), []);
+    for (block, range) in [(3, 0..4), (1 << 15, 0..4), (4, 30..33)] {
+        let wrong = Mapper::with(&setup.kernel, &setup.region, |mapper| {
+            (mapper.block, mapper.range) = (Some(block), Some(range));
+        });
+        let error = setup.region.add_listener(wrong).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL);
+    }
 }
 
 #[test]
@@ -131,8 +300,10 @@ fn listeners_may_come_and_go_while_vcpus_convert() {
                 }
             });
         }
-        for _ in 0..100 {
-            let guest = Mapper::new(&setup.kernel, &setup.region, false);
+        for round in 0..100 {
+            let guest = Mapper::with(&setup.kernel, &setup.region, |mapper| {
+                mapper.block = [None, Some(1), Some(2)][round % 3];
+            });
             setup.region.add_listener(guest.clone()).unwrap();
             setup.region.remove_listener(guest.identity()).unwrap();
             assert!(guest.mapped.lock().unwrap().is_empty());

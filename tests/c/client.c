@@ -94,17 +94,27 @@ static void bad_arguments_are_refused(const struct privmem_vm *vm,
     CHECK(privmem_vm_memory_fault(vm, 1, PAGE, false) == -EINVAL);
 }
 
-/* A downstream mapper that counts the bytes that it maps, up to a limit. */
+/*
+ * A downstream mapper that counts the bytes and entries that it maps, up to a
+ * limit, and may keep what it maps.
+ */
 struct mapper {
-    uint64_t mapped, limit;
+    uint64_t mapped, limit, entries;
+    bool clings;
 };
 
-static void mapper_discard(void *opaque, uint64_t offset, uint64_t size)
+static int mapper_discard(void *opaque, uint64_t offset, uint64_t size,
+                          uint64_t entries)
 {
     struct mapper *mapper = opaque;
 
     (void)offset;
+    if (mapper->clings) {
+        return -EIO;
+    }
     mapper->mapped -= size;
+    mapper->entries -= entries;
+    return 0;
 }
 
 static int mapper_populate(void *opaque, uint64_t offset, uint64_t size)
@@ -116,13 +126,14 @@ static int mapper_populate(void *opaque, uint64_t offset, uint64_t size)
         return -ENOSPC;
     }
     mapper->mapped += size;
+    mapper->entries++;
     return 0;
 }
 
 static void listeners_are_told(const struct privmem_vm *vm,
                                const struct privmem_region *region)
 {
-    struct mapper mapper = { .mapped = 0, .limit = PAGES * PAGE };
+    struct mapper mapper = { .limit = PAGES * PAGE };
     struct privmem_listener listener = {
         .size = sizeof(listener),
         .opaque = &mapper,
@@ -137,11 +148,17 @@ static void listeners_are_told(const struct privmem_vm *vm,
     bad = listener;
     bad.size = 8;
     CHECK(privmem_region_add_listener(region, &bad) == -EINVAL);
+    bad = listener;
+    bad.granularity = 3 * PAGE;
+    CHECK(privmem_region_add_listener(region, &bad) == -EINVAL);
+    bad = listener;
+    bad.length = (PAGES + 1) * PAGE;
+    CHECK(privmem_region_add_listener(region, &bad) == -EINVAL);
     CHECK(privmem_region_remove_listener(region, &mapper) == -ENOENT);
 
     CHECK(convert(vm, 0, PAGES * PAGE, false) == 0);
     CHECK(privmem_region_add_listener(region, &listener) == 0);
-    CHECK(mapper.mapped == PAGES * PAGE);
+    CHECK(mapper.mapped == PAGES * PAGE && mapper.entries == 1);
     CHECK(privmem_region_add_listener(region, &listener) == -EEXIST);
     CHECK(convert(vm, 0, 2 * PAGE, true) == 0);
     CHECK(mapper.mapped == (PAGES - 2) * PAGE);
@@ -150,8 +167,27 @@ static void listeners_are_told(const struct privmem_vm *vm,
     CHECK(strstr(privmem_last_error(), "listener"));
     mapper.limit += 2 * PAGE;
     CHECK(convert(vm, 0, 2 * PAGE, false) == 0);
+    mapper.clings = true;
+    CHECK(convert(vm, 0, 2 * PAGE, true) == -EIO);
+    CHECK(mapper.mapped == PAGES * PAGE);
+    mapper.clings = false;
     CHECK(privmem_region_remove_listener(region, &mapper) == 0);
     CHECK(mapper.mapped == 0);
+
+    /* One that gives up whole entries only, of a part of the region. */
+    mapper.entries = 0;
+    listener.granularity = 4 * PAGE;
+    listener.offset = 2 * PAGE;
+    listener.length = 8 * PAGE;
+    CHECK(privmem_region_add_listener(region, &listener) == 0);
+    CHECK(mapper.mapped == 8 * PAGE && mapper.entries == 2 + 1 + 2);
+    CHECK(convert(vm, 4 * PAGE, PAGE, true) == -EBUSY);
+    CHECK(strstr(privmem_last_error(), "dma-granularity"));
+    CHECK(convert(vm, 3 * PAGE, 5 * PAGE, true) == 0);
+    CHECK(mapper.mapped == 3 * PAGE && mapper.entries == 3);
+    CHECK(privmem_region_remove_listener(region, &mapper) == 0);
+    CHECK(mapper.mapped == 0 && mapper.entries == 0);
+    CHECK(convert(vm, 0, PAGES * PAGE, false) == 0);
 }
 
 static void *convert_own_part(void *vm)
@@ -529,7 +565,7 @@ int main(void)
     struct privmem_info info;
     struct privmem_run run;
     struct privmem_binding binding;
-    struct mapper last = { .mapped = 0, .limit = PAGES * PAGE };
+    struct mapper last = { .limit = PAGES * PAGE };
     struct privmem_listener last_listener = {
         .size = sizeof(last_listener),
         .opaque = &last,

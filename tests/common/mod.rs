@@ -27,6 +27,8 @@ pub enum Fail {
     Never,
     /// Only the call with this number, counted from 0.
     Once(usize, i32),
+    /// This one and the next.
+    Twice(usize, i32),
     /// The call with this number and all later ones.
     From(usize, i32),
 }
@@ -36,6 +38,9 @@ impl Fail {
     fn of(self, number: usize) -> io::Result<()> {
         match self {
             Fail::Once(at, errno) if number == at => Err(io::Error::from_raw_os_error(errno)),
+            Fail::Twice(at, errno) if number == at || number == at + 1 => {
+                Err(io::Error::from_raw_os_error(errno))
+            }
             Fail::From(at, errno) if number >= at => Err(io::Error::from_raw_os_error(errno)),
             _ => Ok(()),
         }
@@ -99,23 +104,68 @@ pub struct Model {
 }
 
 /// A downstream mapper that keeps what it maps and knows the rules: it unmaps
-/// while the memory is still shared, and maps when it is shared already.
+/// while the memory is still shared, and maps when it is shared already; what it
+/// maps is not mapped yet, what it unmaps is.
 pub struct Mapper {
     kernel: Arc<Model>,
     region: Weak<Region>,
     /// Calls of `populate` fail as those into the kernel do.
     pub refuses: bool,
+    /// Calls of `discard` do.
+    pub clings: bool,
+    /// Granules of a block, if it can give up only whole entries.
+    pub block: Option<u64>,
+    /// What of the region it is told of, in granules.
+    pub range: Option<std::ops::Range<u64>>,
     pub mapped: Mutex<BTreeSet<u64>>,
+    /// What each entry maps, by its first granule.
+    pub entries: Mutex<BTreeMap<u64, std::ops::Range<u64>>>,
 }
 
 impl Mapper {
     pub fn new(kernel: &Arc<Model>, region: &Arc<Region>, refuses: bool) -> Arc<Mapper> {
-        Arc::new(Mapper {
+        Mapper::with(kernel, region, |mapper| mapper.refuses = refuses)
+    }
+
+    pub fn with(
+        kernel: &Arc<Model>,
+        region: &Arc<Region>,
+        change: impl FnOnce(&mut Mapper),
+    ) -> Arc<Mapper> {
+        let mut mapper = Mapper {
             kernel: kernel.clone(),
             region: Arc::downgrade(region),
-            refuses,
+            refuses: false,
+            clings: false,
+            block: None,
+            range: None,
             mapped: Mutex::default(),
-        })
+            entries: Mutex::default(),
+        };
+        change(&mut mapper);
+        Arc::new(mapper)
+    }
+
+    pub fn mapped(&self) -> Vec<u64> {
+        self.mapped.lock().unwrap().iter().copied().collect()
+    }
+
+    pub fn entries(&self) -> Vec<std::ops::Range<u64>> {
+        self.entries.lock().unwrap().values().cloned().collect()
+    }
+
+    /// Whole entries go, as many as the library counts.
+    fn give_up_entries(&self, gone: std::ops::Range<u64>, count: u64) {
+        let mut entries = self.entries.lock().unwrap();
+        let before = entries.len();
+        entries.retain(|_, entry| entry.end <= gone.start || entry.start >= gone.end);
+        let whole = (before - entries.len()) as u64;
+        let parts = entries
+            .values()
+            .any(|e| e.start < gone.end && gone.start < e.end);
+        if self.block.is_some() && (parts || whole != count) {
+            self.kernel.broke(format!("{count} entries of {gone:?}"));
+        }
     }
 
     fn check_shared(&self, offsets: Range, when: &str) {
@@ -133,12 +183,17 @@ impl Mapper {
 }
 
 impl Listener for Mapper {
-    fn discard(&self, offsets: Range) {
+    fn discard(&self, offsets: Range, entries: u64) -> io::Result<()> {
+        if self.clings {
+            self.kernel.call()?;
+        }
         self.check_shared(offsets, "unmapped late:");
-        self.mapped
-            .lock()
-            .unwrap()
-            .retain(|granule| !granules(offsets).contains(granule));
+        let mut mapped = self.mapped.lock().unwrap();
+        if !granules(offsets).all(|granule| mapped.remove(&granule)) {
+            self.kernel.broke(format!("{offsets} was not mapped"));
+        }
+        self.give_up_entries(granules(offsets), entries);
+        Ok(())
     }
 
     fn populate(&self, offsets: Range) -> io::Result<()> {
@@ -146,8 +201,23 @@ impl Listener for Mapper {
             self.kernel.call()?;
         }
         self.check_shared(offsets, "mapped");
-        self.mapped.lock().unwrap().extend(granules(offsets));
+        let mut mapped = self.mapped.lock().unwrap();
+        if !granules(offsets).all(|granule| mapped.insert(granule)) {
+            self.kernel.broke(format!("{offsets} was mapped already"));
+        }
+        let entry = granules(offsets);
+        self.entries.lock().unwrap().insert(entry.start, entry);
         Ok(())
+    }
+
+    fn granularity(&self) -> Option<u64> {
+        self.block.map(|granules| granules * GRANULE)
+    }
+
+    fn range(&self) -> Option<Range> {
+        let range = self.range.clone()?;
+        let len = range.end - range.start;
+        Some(Range::new(range.start * GRANULE, len * GRANULE).unwrap())
     }
 
     fn identity(&self) -> usize {

@@ -426,9 +426,10 @@ impl Mapper {
 }
 
 impl Listener for Mapper {
-    fn discard(&self, offsets: privmem::Range) {
+    fn discard(&self, offsets: privmem::Range, _: u64) -> io::Result<()> {
         let told = Told::Discard(granules(offsets));
         self.told.lock().unwrap().push(told);
+        Ok(())
     }
 
     fn populate(&self, offsets: privmem::Range) -> io::Result<()> {

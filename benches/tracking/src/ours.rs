@@ -106,8 +106,9 @@ impl Tracking for Ours {
 struct Counting(AtomicU64);
 
 impl Listener for Counting {
-    fn discard(&self, _: Range) {
+    fn discard(&self, _: Range, _: u64) -> io::Result<()> {
         self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     fn populate(&self, _: Range) -> io::Result<()> {
