@@ -178,7 +178,8 @@ fn entries_are_blocks_where_they_became_shared_as_a_whole() {
     let mapper = &setup.mappers[0];
     let entries = || mapper.entries();
     let [ones, blocks] = [0..2, 4..7].map(|own| own.map(|n| n..n + 1));
-    let first: Vec<_> = ones.chain(blocks).chain([8..12]).collect();
+    let whole = std::iter::once(8..12);
+    let first: Vec<_> = ones.chain(blocks).chain(whole).collect();
     assert_eq!(entries()[..6], first[..]);
 
     // Filled up, 0..4 stays as it is, in granules; 12..20 comes at once.

@@ -100,9 +100,10 @@ static int on_populate(RamDiscardListener *listener, MemoryRegionSection *s)
     return 0;
 }
 
-static void on_discard(RamDiscardListener *listener, MemoryRegionSection *s)
+static int on_discard(RamDiscardListener *listener, MemoryRegionSection *s)
 {
     container_of(listener, Tracking, listener)->calls++;
+    return 0;
 }
 
 static MemoryRegionSection whole(Tracking *t)

@@ -31,6 +31,9 @@
 
 OBJECT_DECLARE_SIMPLE_TYPE(HostMemoryBackendPrivate, MEMORY_BACKEND_PRIVATE)
 
+/* The library's. */
+#define MAX_DMA_GRANULARITY (64 * MiB)
+
 struct HostMemoryBackendPrivate {
     HostMemoryBackend parent_obj;
 
@@ -40,8 +43,11 @@ struct HostMemoryBackendPrivate {
     bool hugetlb;
     uint64_t hugetlbsize;
     bool prefault;
+    uint64_t dma_granularity;
 
     struct privmem_region *region;
+    /* The shared store's, 0 without. */
+    uint64_t huge_page;
     Error *migration_blocker;
     NotifierWithReturn postcopy_notifier;
     bool discard_required;
@@ -71,6 +77,17 @@ static bool private_backend_check(HostMemoryBackendPrivate *m, const char *id,
         error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property 'share' "
                    "must be 'on': KVM, the host and other processes share the "
                    "fd of the shared store; leave the property out", id);
+        return false;
+    }
+    if (m->dma_granularity &&
+        (!is_power_of_2(m->dma_granularity) ||
+         m->dma_granularity < qemu_real_host_page_size() ||
+         m->dma_granularity > MAX_DMA_GRANULARITY)) {
+        error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': property "
+                   "'dma-granularity' is %" PRIu64 ": it must be a power of "
+                   "two from %zu to %" PRIu64, id, m->dma_granularity,
+                   (size_t)qemu_real_host_page_size(),
+                   (uint64_t)MAX_DMA_GRANULARITY);
         return false;
     }
     if (private_memory_starts_shared()) {
@@ -288,22 +305,27 @@ static void private_backend_reset(void *opaque)
     memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
 
-/* The shared store's size of huge pages, 0 without; by default the host's */
-static bool private_backend_huge_page(HostMemoryBackendPrivate *m,
-                                      uint64_t *size, Error **errp)
+/* The shared store's size of huge pages is by default the host's. */
+static bool private_backend_huge_page(HostMemoryBackendPrivate *m, Error **errp)
 {
     int fd;
 
-    *size = m->hugetlb ? m->hugetlbsize : 0;
+    m->huge_page = m->hugetlb ? m->hugetlbsize : 0;
     if (m->hugetlb && !m->hugetlbsize) {
         fd = qemu_memfd_create("huge-page-size", 0, true, 0, 0, errp);
         if (fd < 0) {
             return false;
         }
-        *size = qemu_fd_getpagesize(fd);
+        m->huge_page = qemu_fd_getpagesize(fd);
         close(fd);
     }
     return true;
+}
+
+/* Bytes that a device is to have in one mapping, 0 to be decided later. */
+static uint64_t private_backend_entry(HostMemoryBackendPrivate *m)
+{
+    return m->dma_granularity ?: MIN(m->huge_page, MAX_DMA_GRANULARITY);
 }
 
 static bool private_backend_new_region(HostMemoryBackendPrivate *m,
@@ -322,9 +344,10 @@ static bool private_backend_new_region(HostMemoryBackendPrivate *m,
         .prefault = m->prefault,
     };
 
-    if (!private_backend_huge_page(m, &options.huge_page_size, errp)) {
+    if (!private_backend_huge_page(m, errp)) {
         return false;
     }
+    options.huge_page_size = m->huge_page;
     trace_private_backend_new_region(id, size, options.initially_private,
                                      options.huge_page_size);
     if (privmem_region_new(vm, id, size, &options, &m->region)) {
@@ -334,6 +357,9 @@ static bool private_backend_new_region(HostMemoryBackendPrivate *m,
     }
     if (m->prefault) {
         private_memory_use_prefault();
+    }
+    if (private_backend_entry(m) > qemu_real_host_page_size()) {
+        private_memory_use_large_mappings();
     }
     return true;
 }
@@ -441,25 +467,56 @@ static bool section_part(const MemoryRegionSection *section, uint64_t offset,
     return true;
 }
 
-static void listener_discard(void *opaque, uint64_t offset, uint64_t size)
+static int listener_discard(void *opaque, uint64_t offset, uint64_t size,
+                            uint64_t entries)
 {
     RamDiscardListener *rdl = opaque;
+    PrivateMemoryDma *dma = rdl->private_dma;
     MemoryRegionSection part;
+    int ret = 0;
 
     if (section_part(rdl->section, offset, size, &part)) {
-        rdl->notify_discard(rdl, &part);
+        ret = rdl->notify_discard(rdl, &part);
     }
+    if (!ret && dma && dma->limit) {
+        qatomic_sub(&dma->mappings, entries);
+    }
+    return ret;
 }
 
 static int listener_populate(void *opaque, uint64_t offset, uint64_t size)
 {
     RamDiscardListener *rdl = opaque;
+    PrivateMemoryDma *dma = rdl->private_dma;
+    bool is_limited = dma && dma->limit;
     MemoryRegionSection part;
+    int ret = 0;
 
-    if (section_part(rdl->section, offset, size, &part)) {
-        return rdl->notify_populate(rdl, &part);
+    if (is_limited && qatomic_fetch_inc(&dma->mappings) >= dma->limit) {
+        ret = -ENOSPC;
+    } else if (section_part(rdl->section, offset, size, &part)) {
+        ret = rdl->notify_populate(rdl, &part);
     }
-    return 0;
+    if (ret && is_limited) {
+        qatomic_dec(&dma->mappings);
+    }
+    return ret;
+}
+
+/* What a mapping is of, see the property 'dma-granularity'; 0: of any run. */
+static uint64_t listener_granularity(HostMemoryBackendPrivate *m,
+                                     const PrivateMemoryDma *dma)
+{
+    uint64_t page = qemu_real_host_page_size();
+
+    if (!dma || dma->splits) {
+        return 0;
+    }
+    if (private_backend_entry(m)) {
+        return private_backend_entry(m);
+    }
+    return dma->limit && MEMORY_BACKEND(m)->size / page > dma->limit ? 2 * MiB
+                                                                     : page;
 }
 
 static void private_backend_register_listener(RamDiscardManager *rdm,
@@ -472,10 +529,14 @@ static void private_backend_register_listener(RamDiscardManager *rdm,
         .opaque = rdl,
         .discard = listener_discard,
         .populate = listener_populate,
+        .offset = section->offset_within_region,
+        .length = int128_get64(section->size),
+        .granularity = listener_granularity(m, rdl->private_dma),
     };
 
     rdl->section = memory_region_section_new_copy(section);
-    if (privmem_region_add_listener(m->region, &listener)) {
+    rdl->refused = privmem_region_add_listener(m->region, &listener);
+    if (rdl->refused) {
         error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': a device cannot map "
                      "what is shared, and reaches no guest memory: %s; remove "
                      "it and add it again once it can",
@@ -489,8 +550,11 @@ static void private_backend_unregister_listener(RamDiscardManager *rdm,
 {
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(rdm);
 
-    /* Fails only for one that could not be registered. */
-    privmem_region_remove_listener(m->region, rdl);
+    if (!rdl->refused && privmem_region_remove_listener(m->region, rdl)) {
+        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': %s",
+                     object_get_canonical_path_component(OBJECT(m)),
+                     privmem_last_error());
+    }
     memory_region_section_free_copy(rdl->section);
     rdl->section = NULL;
 }
@@ -680,6 +744,24 @@ static void private_backend_set_prefault(Object *o, bool value, Error **errp)
     }
 }
 
+static void private_backend_get_dma_granularity(Object *o, Visitor *v,
+                                                const char *name, void *opaque,
+                                                Error **errp)
+{
+    visit_type_size(v, name, &MEMORY_BACKEND_PRIVATE(o)->dma_granularity, errp);
+}
+
+static void private_backend_set_dma_granularity(Object *o, Visitor *v,
+                                                const char *name, void *opaque,
+                                                Error **errp)
+{
+    uint64_t value;
+
+    if (can_set(o, name, errp) && visit_type_size(v, name, &value, errp)) {
+        MEMORY_BACKEND_PRIVATE(o)->dma_granularity = value;
+    }
+}
+
 static void private_backend_instance_init(Object *obj)
 {
     MEMORY_BACKEND(obj)->share = true;
@@ -765,6 +847,12 @@ static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
     object_class_property_set_description(oc, "prefault",
         "Map memory as soon as the guest has made it private, before it is "
         "touched");
+    object_class_property_add(oc, "dma-granularity", "int",
+                              private_backend_get_dma_granularity,
+                              private_backend_set_dma_granularity, NULL, NULL);
+    object_class_property_set_description(oc, "dma-granularity",
+        "Bytes of shared memory that an assigned device has in one mapping, "
+        "and that become private as a whole only");
 }
 
 static const TypeInfo private_backend_info = {

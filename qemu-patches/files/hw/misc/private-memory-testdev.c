@@ -23,6 +23,8 @@ struct PrivateMemoryTestdev {
     RamDiscardListener listener;
     /* Number of the call to populate, from 1, that is refused; 0 for none. */
     uint32_t refuse;
+    /* The same for the call to discard. */
+    uint32_t cling;
     uint64_t populates, discards, mapped;
 };
 
@@ -39,13 +41,16 @@ static int testdev_populate(RamDiscardListener *rdl,
     return 0;
 }
 
-static void testdev_discard(RamDiscardListener *rdl,
-                            MemoryRegionSection *section)
+static int testdev_discard(RamDiscardListener *rdl,
+                           MemoryRegionSection *section)
 {
     PrivateMemoryTestdev *s = container_of(rdl, PrivateMemoryTestdev, listener);
 
-    qatomic_inc(&s->discards);
+    if (qatomic_inc_fetch(&s->discards) == s->cling) {
+        return -EIO;
+    }
     qatomic_sub(&s->mapped, int128_get64(section->size));
+    return 0;
 }
 
 static RamDiscardManager *testdev_manager(PrivateMemoryTestdev *s)
@@ -92,6 +97,8 @@ static void testdev_init(Object *obj)
     object_property_add_uint64_ptr(obj, "mapped", &s->mapped,
                                    OBJ_PROP_FLAG_READ);
     object_property_add_uint32_ptr(obj, "refuse", &s->refuse,
+                                   OBJ_PROP_FLAG_READWRITE);
+    object_property_add_uint32_ptr(obj, "cling", &s->cling,
                                    OBJ_PROP_FLAG_READWRITE);
 }
 

@@ -35,6 +35,14 @@ typedef const void ClassInitData;
 #define TYPE_MEMORY_BACKEND_PRIVATE "memory-backend-private"
 #define TYPE_SW_PROTECTED_GUEST "sw-protected-guest"
 
+/* What the mappings of private-capable memory are in a container of VFIO. */
+typedef struct PrivateMemoryDma {
+    /* A part of a mapping can be given up without a gap in the rest of it. */
+    bool splits;
+    /* How many mappings there can be, 0 without a limit; and are. Atomic. */
+    uint32_t limit, mappings;
+} PrivateMemoryDma;
+
 #ifdef CONFIG_PRIVATE_MEMORY
 
 #include "qapi/qapi-types-private-memory.h"
@@ -260,5 +268,18 @@ int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length);
 
 /* The slot of private_memory_slot_add() is gone. */
 void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size);
+
+/* A backend wants mappings larger than a page: containers will not split. */
+void private_memory_use_large_mappings(void);
+
+/* Of so many @mappings that the kernel has left, 0 without a limit. */
+void private_memory_dma_set_limit(PrivateMemoryDma *dma, uint32_t mappings);
+
+/* For an IOAS in which nothing is mapped yet. */
+bool private_memory_dma_can_split(int iommufd, uint32_t ioas_id);
+
+/* Of an IOAS that can split; what is not mapped is passed over. -errno. */
+int private_memory_dma_unmap(int iommufd, uint32_t ioas_id, hwaddr iova,
+                             uint64_t size);
 
 #endif /* SYSTEM_PRIVATE_MEMORY_H */

@@ -427,6 +427,14 @@ static void test_bad_objects(void)
                  "'discard'", "'all'", NULL);
     assert_error(add(qts, "'emulate': true, 'size': 4096, 'prefault': true"),
                  "'m'", "emulated agent", "'prefault'", NULL);
+    for (int i = 0; i < 3; i++) {
+        const uint32_t sizes[] = { 2048, 12288, 134217728 };
+        g_autofree char *props = g_strdup_printf("'emulate': true, "
+            "'size': 4096, 'dma-granularity': %" PRIu32, sizes[i]);
+
+        assert_error(add(qts, props), "'m'", "'dma-granularity'",
+                     "power of two", NULL);
+    }
     assert_error(add(qts, "'emulate': true, 'size': 4194304, 'hugetlb': true, "
                      "'hugetlbsize': 2097152"), "'m'", "emulated agent",
                  "huge pages", NULL);
@@ -1121,6 +1129,14 @@ static uint64_t listener_figure(QTestState *qts, const char *name)
     return value;
 }
 
+static void set_listener(QTestState *qts, const char *name, uint64_t value)
+{
+    qtest_qmp_assert_success(qts, "{ 'execute': 'qom-set', 'arguments': "
+                             "{ 'path': '/machine/peripheral/l', "
+                             "'property': %s, 'value': %" PRIu64 " } }", name,
+                             value);
+}
+
 /* A listener maps what is shared, is called per run, and may refuse. */
 static void test_listener(void)
 {
@@ -1140,10 +1156,7 @@ static void test_listener(void)
 
     /* The third of four runs is refused: nothing changes, not even contents. */
     calls = listener_figure(qts, "populates");
-    qtest_qmp_assert_success(qts, "{ 'execute': 'qom-set', 'arguments': "
-                             "{ 'path': '/machine/peripheral/l', "
-                             "'property': 'refuse', 'value': %" PRIu64 " } }",
-                             calls + 3);
+    set_listener(qts, "refuse", calls + 3);
     assert_error(convert(qts, 1 * MiB, 16 * PAGE, false), "listener",
                  "No space left", NULL);
     g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE - 8 * PAGE);
@@ -1155,6 +1168,18 @@ static void test_listener(void)
     convert_ok(qts, 1 * MiB, 16 * PAGE, false);
     g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE);
     g_assert_cmpint(listener_figure(qts, "populates"), ==, calls + 3 + 4);
+
+    /* What it does not give up stays shared, and is as it was. */
+    convert_ok(qts, 1 * MiB + 4 * PAGE, PAGE, true);
+    qtest_memset(qts, 1 * MiB, 0x77, 4 * PAGE);
+    set_listener(qts, "cling", listener_figure(qts, "discards") + 2);
+    assert_error(convert(qts, 1 * MiB, 8 * PAGE, true), "listener",
+                 "Input/output error", NULL);
+    g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE - PAGE);
+    assert_figure(qts, "ram0", "private", PAGE);
+    assert_page(qts, 1 * MiB, 0x77);
+    convert_ok(qts, 1 * MiB, 8 * PAGE, true);
+    g_assert_cmpint(listener_figure(qts, "mapped"), ==, RAM_SIZE - 8 * PAGE);
     qtest_quit(qts);
 }
 
