@@ -8,6 +8,8 @@
  *   convert ADDR PAGES private|shared    KVM_HC_MAP_GPA_RANGE                 -> ret N
  *   hypercall NR A B C                   any hypercall                        -> ret N
  *   churn BASE PAGES COUNT SEED          COUNT conversions, contents checked  -> churn ...
+ *   unplug BASE PAGES COUNT SEED         churn, and whatever is to be unplugged
+ *                                        goes meanwhile (pc)                  -> unplug ...
  *   smp                                  start the second vCPU                -> cpus 2
  *   disjoint BASE PAGES COUNT SEED       churn on two vCPUs, half each        -> disjoint ...
  *   halves BASE PAGES SEED               fill one half for each vCPU          -> ok
@@ -410,6 +412,23 @@ static void churn(u64 base, u64 pages, u64 count, u64 seed)
 	churns[1] = (struct churn){ 0 };
 	churn_run(&churns[0], count);
 	churn_report("churn", &churns[0], &churns[1]);
+}
+
+/* ACPI's registers for hotplug on the bus of a pc: which slots are to go. */
+enum { PCI_DOWN = 0xae04, PCI_EJECT = 0xae08 };
+
+static void unplug(u64 base, u64 pages, u64 count, u64 seed)
+{
+	churn_begin(&churns[0], base, pages, seed);
+	churns[1] = (struct churn){ 0 };
+	while (count--) {
+		u32 down = inl(PCI_DOWN);
+
+		if (down)
+			outl(PCI_EJECT, down);
+		churn_step(&churns[0]);
+	}
+	churn_report("unplug", &churns[0], &churns[1]);
 }
 
 /* ---- the second vCPU ---- */
@@ -1210,7 +1229,7 @@ enum {
 	EDU_BUFFER = 0x40000,
 	EDU_CHECK = 0x04,		/* gives back what was written, inverted */
 	STORM_PAGES = 64,
-	STORM_TRANSFERS = 32,		/* at least; one takes 0.1 s */
+	STORM_TRANSFERS = 32,		/* at least */
 };
 
 static const u64 edu_bar = 0xe0000000;
@@ -1395,6 +1414,8 @@ static bool obey(char *word[], int n)
 		put_ret(hypercall(a[0], a[1], a[2], a[3]));
 	} else if (n == 5 && same(word[0], "churn") && a[1] && a[1] <= MAX_PAGES) {
 		churn(a[0], a[1], a[2], a[3]);
+	} else if (n == 5 && same(word[0], "unplug") && a[1] && a[1] <= MAX_PAGES) {
+		unplug(a[0], a[1], a[2], a[3]);
 	} else if (n == 1 && same(word[0], "smp")) {
 		smp();
 	} else if (n == 5 && same(word[0], "disjoint") && ap_alive && a[1] > 1 && a[1] <= MAX_PAGES) {

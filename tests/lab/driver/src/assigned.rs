@@ -7,26 +7,57 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use nix::libc;
+use serde_json::json;
 
 use crate::Lab;
-use crate::host::{self, KernelLog, Limit, Parameter};
-use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, PRIVATE, Side};
+use crate::host::{self, HugePages, KernelLog, Limit, Parameter};
+use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, Side};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{BASE, Scenario, no_errors, same, same_held, still_converts};
 use Side::{Private, Shared};
 
-/// Each shared page takes one of the kernel's 65,535 entries, and QEMU keeps some for other memory.
-const RAM: u64 = 64 << 20;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const RAM: u64 = 64 * MIB;
+/// What is one mapping where it became shared as a whole.
+const BLOCK: u64 = 2 * MIB;
+/// How many mappings type 1 has by default.
+const LIMIT: u64 = 65_535;
+/// Mappings that QEMU leaves to other memory than the private-capable.
+const OTHERS: u64 = 512;
+/// What low RAM, of which a device sees no whole block, ROM and the like take at most.
+const SMALL: u64 = 600;
+/// Its guest makes low RAM shared, and nothing else.
+const STARTS_PRIVATE: &str = "-bios /guest/guest-private.bin";
+/// A kernel that does not unmap while this file is there, for LD_PRELOAD.
+const MODELS: &str = "/tests/liblab_firmware.so";
+const CLINGS: &str = "/tmp/kernel-clings";
 
 pub fn all() -> Vec<Scenario> {
+    let assigned = Scenario::assigned;
     vec![
-        Scenario::assigned("dma-reaches-shared-only-type1", |lab| dma(lab, &TYPE1)),
-        Scenario::assigned("dma-reaches-shared-only-iommufd", |lab| dma(lab, &IOMMUFD)),
-        Scenario::assigned("dma-while-converting-type1", |lab| storm(lab, &TYPE1)),
-        Scenario::assigned("dma-while-converting-iommufd", |lab| storm(lab, &IOMMUFD)),
-        Scenario::assigned("dma-entry-limit", entry_limit),
-        Scenario::assigned("dma-pin-limit-type1", |lab| pin_limit(lab, &TYPE1)),
-        Scenario::assigned("dma-pin-limit-iommufd", |lab| pin_limit(lab, &IOMMUFD)),
+        assigned("dma-reaches-shared-only-type1", |lab| dma(lab, &TYPE1)),
+        assigned("dma-reaches-shared-only-iommufd", |lab| dma(lab, &IOMMUFD)),
+        assigned("dma-while-converting-type1", |lab| storm(lab, &TYPE1)),
+        assigned("dma-while-converting-iommufd", |lab| storm(lab, &IOMMUFD)),
+        assigned("dma-entry-limit", entry_limit),
+        assigned("dma-entries-run-out", entries_run_out),
+        assigned("dma-pin-limit-type1", |lab| pin_limit(lab, &TYPE1)),
+        assigned("dma-pin-limit-iommufd", |lab| pin_limit(lab, &IOMMUFD)),
+        assigned("dma-large-guest-type1", |lab| large_guest(lab, &TYPE1)),
+        assigned("dma-large-guest-iommufd", |lab| large_guest(lab, &IOMMUFD)),
+        assigned("dma-huge-pages-type1", |lab| huge_pages(lab, &TYPE1)),
+        assigned("dma-huge-pages-iommufd", |lab| huge_pages(lab, &IOMMUFD)),
+        assigned("dma-unmap-fails-model-type1", |lab| clings(lab, &TYPE1)),
+        assigned("dma-unmap-fails-model-iommufd", |lab| clings(lab, &IOMMUFD)),
+        assigned("dma-hotplug-type1", |lab| hotplug(lab, &TYPE1)),
+        assigned("dma-hotplug-iommufd", |lab| hotplug(lab, &IOMMUFD)),
+        assigned("dma-remap-type1", |lab| remap(lab, &TYPE1)),
+        assigned("dma-remap-iommufd", |lab| remap(lab, &IOMMUFD)),
+        assigned("dma-reset-and-end-type1", |lab| reset_and_end(lab, &TYPE1)),
+        assigned("dma-reset-and-end-iommufd", |lab| {
+            reset_and_end(lab, &IOMMUFD)
+        }),
     ]
 }
 
@@ -50,23 +81,42 @@ const IOMMUFD: Way = Way {
 };
 
 impl Way {
-    fn launch(&self, lab: &Lab, ram: u64) -> Result<Launch> {
+    fn is_type1(&self) -> bool {
+        self.object.is_empty()
+    }
+
+    /// A machine that the device can be added to: `properties` of the backend with a comma
+    /// before them.
+    fn without_device(&self, lab: &Lab, ram: u64, properties: &str, board: &str) -> Launch {
+        let mib = ram / MIB;
+        Launch::kvm(lab).with(self.object).with(&format!(
+            "-m {mib}M -object sw-protected-guest,id=cgs0 \
+             -object memory-backend-private,id=ram0,size={mib}M{properties} \
+             -machine {board},smm=off,confidential-guest-support=cgs0,memory-backend=ram0"
+        ))
+    }
+
+    fn launch(&self, lab: &Lab, ram: u64, properties: &str) -> Result<Launch> {
         let host = host::assignable()?.map_err(anyhow::Error::msg)?;
-        let device = format!("-device vfio-pci,host={host},addr=5{}", self.property);
-        Ok(Launch::kvm(lab)
-            .with(&PRIVATE.replace("256M", &format!("{}M", ram >> 20)))
-            .with(OUR_GUEST)
-            .with(self.object)
-            .with(&device))
+        let launch = self.without_device(lab, ram, properties, "q35");
+        Ok(launch.with(&format!(
+            "-device vfio-pci,host={host},addr=5{}",
+            self.property
+        )))
     }
 
     fn start(&self, lab: &Lab) -> Result<Machine> {
-        started(self.launch(lab, RAM)?)
+        started(self.launch(lab, RAM, "")?.with(OUR_GUEST))
     }
 
     fn pinned(&self, machine: &Machine) -> Result<u64> {
         host::status_bytes(machine.pid(), self.pinned)
     }
+}
+
+/// How many of `limit` mappings of type 1 are used.
+fn used(machine: &Machine, limit: u64) -> Result<u64> {
+    Ok(limit - host::dma_available(machine.pid())?)
 }
 
 fn started(launch: Launch) -> Result<Machine> {
@@ -144,7 +194,7 @@ fn dma(lab: &Lab, way: &Way) -> Result<()> {
 
 /// The device reads and writes pages whose neighbours on both sides are converted all the time.
 fn storm(lab: &Lab, way: &Way) -> Result<()> {
-    const COUNT: u64 = 1000;
+    const COUNT: u64 = 10_000;
     let mut machine = way.start(lab)?;
     let all = way.pinned(&machine)?;
     let counts = machine.ask_counts(&format!("storm {BASE:#x} {COUNT} 1"))?;
@@ -161,55 +211,306 @@ fn storm(lab: &Lab, way: &Way) -> Result<()> {
     machine.finish()
 }
 
-/// Not every shared page can have its entry: QEMU 10.2 does not start, nor with 256 MiB at the
-/// kernel's own limit; 10.0 gives the device no memory.
+/// The guest's request is refused, and the reason told.
+fn refused(
+    machine: &mut Machine,
+    (addr, pages, to): (u64, u64, Side),
+    errno: i32,
+    why: &str,
+) -> Result<()> {
+    let ret = machine.hypercall(addr, pages, to)?;
+    same("what the guest got", ret, -i64::from(errno))?;
+    let command = "query-private-memory-failed-conversions";
+    let told = machine.qmp.call(command, json!({}))?.to_string();
+    ensure!(told.contains(why), "no '{why}' in: {told}");
+    Ok(())
+}
+
+/// Where the kernel has fewer mappings than there are pages, they are of 2 MiB where all of that
+/// is shared at once. A part of one cannot be taken from the device.
 fn entry_limit(lab: &Lab) -> Result<()> {
-    let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", 16000)?;
-    let launch = TYPE1.launch(lab, RAM)?;
-    if lab.line == "10.0" {
-        reaches_nothing(started(launch)?)?;
-        drop(limit);
-    } else {
-        out_of_mappings(launch)?;
-        drop(limit);
-        out_of_mappings(TYPE1.launch(lab, 4 * RAM)?)?;
-    }
+    const FEW: u64 = 16_000;
+    let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", FEW)?;
+    let said = TYPE1
+        .launch(lab, RAM, ",dma-granularity=4K")?
+        .with(OUR_GUEST)
+        .refused()?;
+    ensure!(said.contains("no DMA mapping is left"), "QEMU said: {said}");
+
     let mut machine = TYPE1.start(lab)?;
+    drop(limit);
+    let used = |machine: &Machine| used(machine, FEW);
+    let (all, pinned) = (used(&machine)?, TYPE1.pinned(&machine)?);
+    ensure!(all < RAM / BLOCK + SMALL, "{all} entries");
+    ensure!(pinned >= RAM - PAGE, "only {pinned} bytes are pinned");
+
+    machine.fill(BASE, 512, 7)?;
+    let part = (BASE + 3 * PAGE, 2, Private);
+    refused(
+        &mut machine,
+        part,
+        libc::EBUSY,
+        "one mapping, which cannot be split",
+    )?;
+    same("private", machine.region("ram0")?.private, 0)?;
+    machine.check(BASE, 512, 7)?;
+    copy(&mut machine, BASE + 3 * PAGE, BASE + PAGE)?;
+    machine.check_moved(BASE + PAGE, BASE + 3 * PAGE, 1, 7)?;
+
+    machine.convert(BASE, 512, Private)?;
+    machine.fill(BASE, 512, 8)?;
+    same("entries", used(&machine)?, all - 1)?;
+    stopped(&mut machine, "write", BASE + 4 * PAGE)?;
+    machine.check(BASE, 512, 8)?;
+    copy(&mut machine, BASE + BLOCK, BASE - PAGE)?;
+    // A part that is shared alone is pages, and goes as it came.
+    machine.convert(BASE + 8 * PAGE, 4, Shared)?;
+    same("entries", used(&machine)?, all - 1 + 4)?;
+    machine.convert(BASE + 9 * PAGE, 1, Private)?;
+    same("entries", used(&machine)?, all - 1 + 3)?;
+    stopped(&mut machine, "write", BASE + 9 * PAGE)?;
+    copy(&mut machine, BASE + BLOCK, BASE + 8 * PAGE)?;
+    machine.convert(BASE, 512, Private)?;
+    machine.convert(BASE, 512, Shared)?;
+    same("entries", used(&machine)?, all)?;
+    same("pinned", TYPE1.pinned(&machine)?, pinned)?;
+    machine.finish()
+}
+
+/// When mappings run out while the machine runs, what the guest asked for stays private.
+fn entries_run_out(lab: &Lab) -> Result<()> {
+    const FEW: u64 = 2048;
+    let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", FEW)?;
+    let launch = TYPE1.launch(lab, RAM, ",initial-state=private,dma-granularity=4K")?;
+    let mut machine = started(launch.with(STARTS_PRIVATE))?;
+    drop(limit);
+    machine.convert(BASE, 1024, Shared)?;
+    machine.fill(BASE, 1024, 7)?;
+    let (left, pinned) = (host::dma_available(machine.pid())?, TYPE1.pinned(&machine)?);
+    let private = machine.region("ram0")?.private;
+    machine.fill(BASE + 1024 * PAGE, 1024, 8)?;
+    let more = (BASE + 1024 * PAGE, 1024, Shared);
+    refused(&mut machine, more, libc::ENOSPC, "no DMA mapping is left")?;
+    machine.check(BASE + 1024 * PAGE, 1024, 8)?;
+    same("private", machine.region("ram0")?.private, private)?;
+    same("mappings left", host::dma_available(machine.pid())?, left)?;
+    same(TYPE1.pinned, TYPE1.pinned(&machine)?, pinned)?;
+    stopped(&mut machine, "read", BASE + 1024 * PAGE)?;
+
+    // Some are kept for other memory; what is given back can be had.
+    let free = left - OTHERS;
+    ensure!(free < 1024, "{free} mappings are free");
+    machine.convert(BASE + 1024 * PAGE, free - 16, Shared)?;
+    machine.convert(BASE, 512, Private)?;
+    machine.convert(BASE + 2048 * PAGE, 512, Shared)?;
+    copy(&mut machine, BASE + 1023 * PAGE, BASE + 2048 * PAGE)?;
+    machine.check_moved(BASE + 2048 * PAGE, BASE + 1023 * PAGE, 1, 7)?;
+    machine.finish()
+}
+
+/// Of 64 GiB the guest shares 1 GiB, as a Linux does for its devices, and some pages now and then.
+fn large_guest(lab: &Lab, way: &Way) -> Result<()> {
+    const POOL: u64 = 4 * GIB;
+    const NEAR: u64 = POOL + GIB + 5 * PAGE;
+    let launch = way.launch(lab, 64 * GIB, ",initial-state=private")?;
+    let mut machine = started(launch.with(STARTS_PRIVATE))?;
+    let before = way.pinned(&machine)?;
+    ensure!(before < 4 * MIB, "{before} bytes are pinned");
+    machine.convert(POOL, GIB / PAGE, Shared)?;
+    same(way.pinned, way.pinned(&machine)?, before + GIB)?;
+    if way.is_type1() {
+        let used = used(&machine, LIMIT)?;
+        ensure!(used < GIB / BLOCK + SMALL, "{used} mappings are used");
+    }
+    machine.convert(NEAR, 3, Shared)?;
+    machine.fill(POOL, 1, 7)?;
+    copy(&mut machine, POOL, POOL + GIB - PAGE)?;
+    machine.check_moved(POOL + GIB - PAGE, POOL, 1, 7)?;
+    copy(&mut machine, POOL, NEAR + PAGE)?;
+    machine.check_moved(NEAR + PAGE, POOL, 1, 7)?;
+    machine.convert(NEAR + PAGE, 1, Private)?;
+    stopped(&mut machine, "write", NEAR + PAGE)?;
+    copy(&mut machine, POOL, NEAR + 2 * PAGE)?;
+    if !way.is_type1() {
+        // Any part can be taken out of what is shared.
+        machine.convert(POOL + 512 * MIB + PAGE, 1, Private)?;
+        stopped(&mut machine, "write", POOL + 512 * MIB + PAGE)?;
+        copy(&mut machine, POOL, POOL + 512 * MIB)?;
+        copy(&mut machine, POOL, POOL + 512 * MIB + 2 * PAGE)?;
+        same(way.pinned, way.pinned(&machine)?, before + GIB + PAGE)?;
+    }
+    machine.convert(POOL, 2 * GIB / PAGE, Private)?;
+    same(way.pinned, way.pinned(&machine)?, before)?;
+    stopped(&mut machine, "read", POOL)?;
+    machine.finish()
+}
+
+/// A huge page that is shared is one mapping, and goes as a whole.
+fn huge_pages(lab: &Lab, way: &Way) -> Result<()> {
+    let pool = HugePages::reserve(RAM / BLOCK)?;
+    let launch = way.launch(lab, RAM, ",hugetlb=on,hugetlbsize=2M")?;
+    let mut machine = started(launch.with(OUR_GUEST))?;
+    let all = way.pinned(&machine)?;
+    same("free huge pages", pool.free()?, 0)?;
+    let mappings = host::iommu_mappings()?;
+    ensure!(mappings < RAM / BLOCK + SMALL, "{mappings} mappings");
+    if way.is_type1() {
+        let used = used(&machine, LIMIT)?;
+        ensure!(used < RAM / BLOCK + SMALL, "{used} entries");
+    }
+    let part = (BASE, 511, Private);
+    refused(
+        &mut machine,
+        part,
+        libc::EBUSY,
+        "one mapping, which cannot be split",
+    )?;
+    machine.fill(BASE, 1, 7)?;
+    machine.convert(BASE + BLOCK, 512, Private)?;
+    same("mappings", host::iommu_mappings()?, mappings - 1)?;
+    same("free huge pages", pool.free()?, 1)?;
+    same(way.pinned, way.pinned(&machine)?, all - BLOCK)?;
+    stopped(&mut machine, "write", BASE + BLOCK)?;
+    copy(&mut machine, BASE, BASE + 511 * PAGE)?;
+    machine.check_moved(BASE + 511 * PAGE, BASE, 1, 7)?;
+    machine.convert(BASE + BLOCK, 512, Shared)?;
+    same("mappings", host::iommu_mappings()?, mappings)?;
+    copy(&mut machine, BASE, BASE + BLOCK + PAGE)?;
+    machine.check_moved(BASE + BLOCK + PAGE, BASE, 1, 7)?;
+    machine.finish()
+}
+
+/// What the kernel does not unmap stays shared, and the guest is told. (No kernel is known to
+/// fail so: it is a model of one.)
+fn clings(lab: &Lab, way: &Way) -> Result<()> {
+    let launch = way.launch(lab, RAM, "")?.env("LD_PRELOAD", MODELS);
+    let mut machine = started(launch.env("LAB_CLINGS", CLINGS).with(OUR_GUEST))?;
+    let pinned = way.pinned(&machine)?;
+    machine.fill(BASE, 4, 7)?;
+    std::fs::write(CLINGS, "")?;
+    let tried = refused(&mut machine, (BASE, 2, Private), libc::EIO, "listener");
+    std::fs::remove_file(CLINGS)?;
+    tried?;
+    same("private", machine.region("ram0")?.private, 0)?;
+    same(way.pinned, way.pinned(&machine)?, pinned)?;
+    machine.check(BASE, 4, 7)?;
+    copy(&mut machine, BASE, BASE + PAGE)?;
+    machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
+    machine.convert(BASE, 2, Private)?;
+    stopped(&mut machine, "write", BASE)?;
+    machine.finish()
+}
+
+/// The device comes and goes while the guest converts; the kernel keeps nothing of it.
+fn hotplug(lab: &Lab, way: &Way) -> Result<()> {
+    let host = host::assignable()?.map_err(anyhow::Error::msg)?;
+    let mut machine = way
+        .without_device(lab, RAM, "", "pc")
+        .with(OUR_GUEST)
+        .start_guest()?;
+    let held = host::iommu_held()?;
+    let mut device = json!({"driver": "vfio-pci", "id": "edu0", "host": host, "addr": "5"});
+    if !way.is_type1() {
+        device["iommufd"] = "iommufd0".into();
+    }
+    for round in 0..3 {
+        let command = format!("unplug {BASE:#x} 300 200 {round}");
+        machine.send(&command)?;
+        machine.qmp.call("device_add", device.clone())?;
+        let counts = machine.counts(&command)?;
+        no_errors(&counts, counts["conversions"])?;
+        let private = counts["private_pages"] * PAGE;
+        let pinned = way.pinned(&machine)?;
+        same("private", machine.region("ram0")?.private, private)?;
+        machine.convert(BASE, 300, Shared)?;
+        ensure!(
+            pinned >= RAM - private - PAGE,
+            "only {pinned} bytes are pinned"
+        );
+        machine.ask_ok("assign")?;
+        machine.convert(BASE, 8, Private)?;
+        machine.convert(BASE, 4, Shared)?;
+        machine.fill(BASE, 1, 7)?;
+        copy(&mut machine, BASE, BASE + PAGE)?;
+        machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
+        stopped(&mut machine, "write", BASE + 5 * PAGE)?;
+        machine.convert(BASE, 8, Shared)?;
+
+        machine.send(&command)?;
+        machine.qmp.call("device_del", json!({"id": "edu0"}))?;
+        let counts = machine.counts(&command)?;
+        no_errors(&counts, counts["conversions"])?;
+        machine.qmp.event("DEVICE_DELETED")?;
+        machine.convert(BASE, 300, Shared)?;
+        same(way.pinned, way.pinned(&machine)?, 0)?;
+        same("held by the IOMMU", host::iommu_held()?, held)?;
+    }
+    machine.finish()
+}
+
+/// The guest moves RAM about, whose mappings are made anew, and converts it meanwhile.
+fn remap(lab: &Lab, way: &Way) -> Result<()> {
+    let mut machine = way.start(lab)?;
+    machine.ask_ok("shadow")?;
+    machine.ask("smp")?;
+    let all = way.pinned(&machine)?;
+    let counts = machine.ask_counts(&format!("remap {BASE:#x} 200 100 1"))?;
+    no_errors(&counts, counts["conversions"])?;
+    let private = counts["private_pages"] * PAGE;
+    same("private", machine.region("ram0")?.private, private)?;
+    machine.convert(BASE, 200, Shared)?;
+    let after = way.pinned(&machine)?;
+    ensure!(
+        after.abs_diff(all) <= 256 * PAGE,
+        "{all} bytes were pinned, now {after}"
+    );
     machine.fill(BASE, 1, 7)?;
     copy(&mut machine, BASE, BASE + PAGE)?;
     machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
     machine.finish()
 }
 
-fn out_of_mappings(launch: Launch) -> Result<()> {
-    let said = launch.refused()?;
-    ensure!(said.contains("out of DMA mappings"), "QEMU said: {said}");
-    Ok(())
-}
-
-fn reaches_nothing(mut machine: Machine) -> Result<()> {
-    machine.fill(BASE, 1, 7)?;
-    stopped(&mut machine, "write", BASE)?;
-    machine.check(BASE, 1, 7)?;
-    // What had been mapped before the limit was reached is not: only firmware and low RAM are.
-    let pinned = TYPE1.pinned(&machine)?;
-    ensure!(pinned < 2 << 20, "{pinned} bytes are pinned");
-    still_converts(&mut machine)?;
-    let said = machine.finish_with_log()?;
-    ensure!(said.contains("no guest memory"), "QEMU said: {said}");
+/// After a reset the device reaches all that is shared again. When the machine ends, whichever way,
+/// the kernel has nothing mapped or pinned for it.
+fn reset_and_end(lab: &Lab, way: &Way) -> Result<()> {
+    let held = host::iommu_held()?;
+    for is_killed in [false, true] {
+        let launch = way.launch(lab, RAM, "")?.with(OUR_GUEST);
+        let mut machine = started(launch.with("-action reboot=reset"))?;
+        let all = way.pinned(&machine)?;
+        machine.convert(BASE, 64, Private)?;
+        machine.fill(BASE, 64, 7)?;
+        machine.qmp.call("system_reset", json!({}))?;
+        machine.line("the guest after the reset", |line| {
+            line.starts_with("guest ready")
+        })?;
+        machine.ask_ok("assign")?;
+        same(way.pinned, way.pinned(&machine)?, all)?;
+        machine.fill(BASE, 1, 8)?;
+        copy(&mut machine, BASE, BASE + PAGE)?;
+        machine.check_moved(BASE + PAGE, BASE, 1, 8)?;
+        machine.convert(BASE + PAGE, 1, Private)?;
+        ensure!(host::iommu_held()? != held, "the IOMMU holds nothing");
+        match is_killed {
+            true => drop(machine),
+            false => machine.finish()?,
+        }
+        same("held by the IOMMU", host::iommu_held()?, held)?;
+    }
     Ok(())
 }
 
 /// What the guest asked for cannot be pinned: it stays private, the guest is told, and the machine
 /// goes on.
 fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
-    let mut machine = started(way.launch(lab, RAM)?.lock_limit(4 * RAM))?;
+    let launch = way.launch(lab, RAM, "")?.with(OUR_GUEST);
+    let mut machine = started(launch.lock_limit(4 * RAM))?;
     machine.convert(BASE, 16, Private)?;
     machine.fill(BASE, 16, 7)?;
     let pinned = way.pinned(&machine)?;
     let limit = Limit::set(machine.pid(), libc::RLIMIT_MEMLOCK, pinned + 8 * PAGE)?;
-    let ret = machine.hypercall(BASE, 16, Shared)?;
-    same("what the guest got", ret, -i64::from(libc::ENOMEM))?;
+    let request = (BASE, 16, Shared);
+    refused(&mut machine, request, libc::ENOMEM, "RLIMIT_MEMLOCK")?;
     same("private", machine.region("ram0")?.private, 16 * PAGE)?;
     same(way.pinned, way.pinned(&machine)?, pinned)?;
     stopped(&mut machine, "write", BASE)?;

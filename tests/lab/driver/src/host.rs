@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -397,6 +397,74 @@ impl KernelLog {
             }
         }
     }
+}
+
+/// How many more mappings of VFIO type 1 a process may make, by its container.
+pub fn dma_available(pid: u32) -> Result<u64> {
+    // Source: include/uapi/linux/vfio.h.
+    const VFIO_IOMMU_GET_INFO: libc::c_ulong = 0x3b70;
+    const DMA_AVAILABLE: u32 = 3;
+    let is_container = |fd: &u64| {
+        let path = fs::read_link(format!("/proc/{pid}/fd/{fd}"));
+        path.is_ok_and(|path| path == Path::new("/dev/vfio/vfio"))
+    };
+    let fd = fds_of(pid)?.into_iter().find(is_container);
+    let container = fd_of(pid, fd.context("no container of VFIO")?)?;
+    // In words of 32 bits: argsz, flags, page sizes, offset of the first capability.
+    let mut info = [0_u32; 1024];
+    info[0] = size_of_val(&info) as u32;
+    // SAFETY: the kernel writes as much as `argsz` says at most.
+    let result = unsafe { libc::ioctl(container.as_raw_fd(), VFIO_IOMMU_GET_INFO as _, &mut info) };
+    ensure!(
+        result == 0,
+        "VFIO_IOMMU_GET_INFO: {}",
+        std::io::Error::last_os_error()
+    );
+    let mut at = info[4] as usize / 4;
+    while at != 0 && at + 2 < info.len() {
+        if info[at] & 0xffff == DMA_AVAILABLE {
+            return Ok(info[at + 2].into());
+        }
+        at = info[at + 1] as usize / 4;
+    }
+    bail!("the container does not tell how many mappings it has")
+}
+
+/// The fd of another process, as one of ours.
+fn fd_of(pid: u32, fd: u64) -> Result<OwnedFd> {
+    let owned = |result: libc::c_long| match result {
+        // SAFETY: the kernel has just given us this fd.
+        0.. => Ok(unsafe { OwnedFd::from_raw_fd(result as i32) }),
+        _ => Err(std::io::Error::last_os_error()),
+    };
+    // SAFETY: these take numbers and touch none of our memory.
+    let process = owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: as above.
+    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
+    Ok(owned(copy)?)
+}
+
+/// What the IOMMU maps for the device that can be assigned: how many pages, of whatever size.
+pub fn iommu_mappings() -> Result<u64> {
+    let device = assignable()?.map_err(anyhow::Error::msg)?;
+    let path = format!("/sys/kernel/debug/iommu/intel/{device}/domain_translation_struct");
+    let text = fs::read_to_string(&path).context(path)?;
+    Ok(text.lines().filter(|line| line.starts_with("0x")).count() as u64)
+}
+
+/// What the kernel holds for devices: what the IOMMU maps, pages of its tables, and pages pinned.
+pub fn iommu_held() -> Result<[u64; 3]> {
+    // Has each CPU's part added.
+    write_file("/proc/sys/vm/stat_refresh", 1)?;
+    let text = fs::read_to_string("/proc/vmstat")?;
+    let figure = |name: &str| -> Result<u64> {
+        let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+        let line = lines.find(|(figure, _)| *figure == name);
+        let (_, value) = line.with_context(|| format!("no {name} in /proc/vmstat"))?;
+        Ok(value.parse()?)
+    };
+    let pinned = figure("nr_foll_pin_acquired")? - figure("nr_foll_pin_released")?;
+    Ok([iommu_mappings()?, figure("nr_iommu_pages")?, pinned])
 }
 
 /// A figure of a process in bytes, as /proc/PID/status names it.

@@ -6,6 +6,9 @@
 //! with the same guest_memfd, slots and attributes. What is said of VM types can be set. Every command for initial contents is written
 //! as a line of JSON to the file that `LAB_FIRMWARE_LOG` names. Commands for more than two pages
 //! are interrupted after the second, so that the caller has to go on.
+//!
+//! One more is a kernel that does not unmap what a device has mapped, while there is a file at the
+//! path that `LAB_CLINGS` names.
 
 #[path = "../../../common/firmware.rs"]
 #[allow(dead_code)] // the library's own tests use more of it
@@ -16,6 +19,7 @@ use std::ffi::c_void;
 use std::fs::{File, OpenOptions};
 use std::hash::{DefaultHasher, Hasher};
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use firmware::{Firmware, Refusal, SnpFirmware, TdxModule};
@@ -96,6 +100,13 @@ fn log(line: Value) {
     }
 }
 
+/// Requests of VFIO and iommufd, from include/uapi/linux/vfio.h and iommufd.h.
+const VFIO_IOMMU_UNMAP_DMA: c_ulong = 0x3b72;
+const IOMMU_IOAS_UNMAP: c_ulong = 0x3b86;
+
+static CLINGS: LazyLock<Option<PathBuf>> =
+    LazyLock::new(|| std::env::var_os("LAB_CLINGS").map(PathBuf::from));
+
 /// ioctl(2), as QEMU calls it.
 ///
 /// # Safety
@@ -137,6 +148,9 @@ unsafe fn answer(
     arg: *mut c_void,
 ) -> Option<Result<(), Refusal>> {
     match request {
+        VFIO_IOMMU_UNMAP_DMA | IOMMU_IOAS_UNMAP if CLINGS.as_ref().is_some_and(|p| p.exists()) => {
+            Some(Err((libc::EIO, 0)))
+        }
         KVM_CREATE_VM if model(arg as u32).is_some() => {
             *machine = model(arg as u32).map(|model| Machine {
                 is_tdx: arg as u32 == KVM_X86_TDX_VM,
