@@ -88,9 +88,9 @@ enum Command {
         /// Write all figures to this file, too
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
-        /// Only one half: book-keeping in one process, or a guest in the lab
+        /// Only one part: book-keeping in one process, a guest in the lab, or one with a device
         #[arg(long, value_enum)]
-        only: Option<bench::Half>,
+        only: Option<bench::Part>,
         #[command(flatten)]
         boot: BootArgs,
     },

@@ -2,6 +2,7 @@
 
 mod lab;
 mod tracking;
+mod vfio;
 
 use std::fmt;
 use std::fs;
@@ -18,9 +19,10 @@ use crate::Context;
 use crate::qemu::Line;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Half {
+pub enum Part {
     Tracking,
     Lab,
+    Vfio,
 }
 
 /// What a figure has to reach.
@@ -76,7 +78,7 @@ impl fmt::Display for Bar {
 /// With `check`, a bar that is missed is a failure.
 pub fn run(
     cx: &Context,
-    only: Option<Half>,
+    only: Option<Part>,
     (line, limit): (Option<Line>, Duration),
     check: bool,
     json: Option<PathBuf>,
@@ -85,18 +87,24 @@ pub fn run(
     fs::create_dir_all(&dir)?;
     let mut kept = json!({});
     let mut bars = Vec::new();
-    if only != Some(Half::Lab) {
+    let wanted = |part| only.is_none_or(|only| only == part);
+    if wanted(Part::Tracking) {
         let figures = tracking::run(cx)?;
         print!("{}", figures.table());
         figures.plot(&dir.join("tracking.svg"))?;
         bars.extend(figures.bars()?);
         kept["tracking"] = serde_json::to_value(&figures)?;
     }
-    if only != Some(Half::Tracking) {
+    if wanted(Part::Lab) {
         let figures = lab::run(cx, line, limit)?;
         print!("{}", figures.table());
         bars.extend(figures.bars());
         kept["lab"] = serde_json::to_value(&figures)?;
+    }
+    if wanted(Part::Vfio) {
+        let figures = vfio::run(cx, line, limit)?;
+        print!("{}", figures.table());
+        kept["vfio"] = serde_json::to_value(&figures)?;
     }
     bars.iter().for_each(|bar| println!("{bar}"));
     kept["bars"] = serde_json::to_value(&bars)?;

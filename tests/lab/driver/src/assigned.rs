@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use nix::libc;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::Lab;
 use crate::host::{self, HugePages, KernelLog, Limit, Parameter};
 use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, Side};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{BASE, Scenario, no_errors, same, same_held, still_converts};
+use crate::{Lab, report};
 use Side::{Private, Shared};
 
 const MIB: u64 = 1 << 20;
@@ -524,4 +524,84 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
     machine.check_moved(BASE + 15 * PAGE, BASE, 1, 5)?;
     still_converts(&mut machine)?;
     machine.finish()
+}
+
+// ---- the bench: what a device's mappings are and cost, on each machine one after the other, as
+// there is one device ----
+
+/// Machines: how they are called, their guest object, their backend, and whether pages go one by
+/// one.
+const VMMS: &[(&str, &str, &str, bool)] = &[
+    ("ours", "", "private", true),
+    (
+        "ours, dma-granularity=2M",
+        "",
+        "private,dma-granularity=2M",
+        false,
+    ),
+    ("qemu", ",x-require-guest-memfd=on", "memfd", true),
+];
+const ROUNDS: usize = 7;
+const PLACES: u64 = 3;
+
+pub fn bench(lab: &Lab) -> Result<()> {
+    report(json!({"bench": {"kernel": lab.kernel, "qemu": lab.line}}));
+    for way in [&TYPE1, &IOMMUFD] {
+        for vmm in VMMS {
+            let row = measure(lab, way, vmm)?;
+            report(json!({"bench": {"vfio": row}}));
+        }
+    }
+    Ok(())
+}
+
+fn measure(
+    lab: &Lab,
+    way: &Way,
+    &(name, guest, backend, by_page): &(&str, &str, &str, bool),
+) -> Result<Value> {
+    let host = host::assignable()?.map_err(anyhow::Error::msg)?;
+    let mut machine = started(Launch::kvm(lab).with(way.object).with(&format!(
+        "-smp 1 -m 64M -object sw-protected-guest,id=cgs0{guest} \
+         -object memory-backend-{backend},id=ram0,size=64M \
+         -blockdev driver=file,node-name=rom,filename=/guest/guest.bin,read-only=on \
+         -machine q35,smm=off,confidential-guest-support=cgs0,memory-backend=ram0,pflash0=rom \
+         -device vfio-pci,host={host},addr=5{}",
+        way.property
+    )))?;
+    let figures = |machine: &Machine| -> Result<Value> {
+        Ok(json!({
+            "entries": way.is_type1().then(|| used(machine, LIMIT)).transpose()?,
+            "mappings": host::iommu_mappings()?,
+            "pinned": way.pinned(machine)?,
+        }))
+    };
+    let start = figures(&machine)?;
+    let mut cycles = [(); 2].map(|()| Vec::new());
+    for _ in 0..ROUNDS {
+        let command = format!("pingpong {BASE:#x} {BLOCK:#x} {PLACES} {}", BLOCK / PAGE);
+        let counts = machine.ask_counts(&command)?;
+        same("conversions", counts["conversions"], 2 * PLACES)?;
+        for (all, figure) in cycles.iter_mut().zip(["to_private", "to_shared"]) {
+            all.push(counts[figure]);
+        }
+    }
+    let [to_private, to_shared] = cycles.map(|mut all| {
+        all.sort_unstable();
+        all[all.len() / 2]
+    });
+    let mut private = 0;
+    if by_page {
+        let counts = machine.ask_counts(&format!("storm {BASE:#x} 2000 1"))?;
+        no_errors(&counts, 2000)?;
+        same("lost transfers", counts["lost"], 0)?;
+        private = counts["private_pages"] * PAGE;
+    }
+    let after = figures(&machine)?;
+    machine.finish()?;
+    Ok(json!({
+        "way": if way.is_type1() { "type1" } else { "iommufd" }, "vmm": name,
+        "start": start, "after": after, "private": private,
+        "to_private": to_private, "to_shared": to_shared,
+    }))
 }

@@ -3,7 +3,7 @@
 //! and `qmp`.
 //!
 //! `lab.run=all|demo|NAME,..`  run scenarios and conformance tests (`lab.line=10.2` picks the QEMU)
-//! `lab.bench`                 measure conversions
+//! `lab.bench`                 measure conversions; `lab.bench=vfio`: with a device assigned
 //! `lab.soak=SEED:REQUESTS`    a hostile guest sends so many requests
 //! `lab.cmd=BASE64`            run a shell command
 //! `lab.shell`                 a shell on the console
@@ -82,8 +82,12 @@ fn run() -> Result<()> {
         host::run_shell()?;
     } else if let Some(names) = option("run") {
         run_tests(&Lab::here(option("line"))?, &names)?;
-    } else if option("bench").is_some() {
-        bench::run(&Lab::here(option("line"))?)?;
+    } else if let Some(what) = option("bench") {
+        let lab = Lab::here(option("line"))?;
+        match &*what {
+            "vfio" => assigned::bench(&lab)?,
+            _ => bench::run(&lab)?,
+        }
     } else if let Some(round) = option("soak") {
         hostile::soak(&Lab::here(option("line"))?, &round)?;
     } else {

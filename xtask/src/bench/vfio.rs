@@ -1,0 +1,128 @@
+//! The bench with an assigned device: what QEMU's own private memory and ours have mapped and pinned
+//! for it, and how long a conversion takes the guest. The CPU may be emulated: only ratios mean
+//! anything.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::Context;
+use crate::lab::Lab;
+use crate::protocol::Event;
+use crate::qemu::Line;
+
+const QEMU: &str = "qemu";
+const MIB: f64 = (1 << 20) as f64;
+
+#[derive(Serialize)]
+pub struct Figures {
+    about: Value,
+    rows: Vec<Row>,
+}
+
+/// What one machine had for its device.
+#[derive(Deserialize, Serialize)]
+struct Row {
+    way: String,
+    vmm: String,
+    start: Held,
+    /// After page by page was converted, of which so many bytes are private.
+    after: Held,
+    private: u64,
+    /// Cycles of 2 MiB.
+    to_private: u64,
+    to_shared: u64,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Held {
+    /// Of type 1's limited number.
+    entries: Option<u64>,
+    /// Pages of the IOMMU, of whatever size.
+    mappings: u64,
+    pinned: u64,
+}
+
+pub fn run(cx: &Context, line: Option<Line>, limit: Duration) -> Result<Figures> {
+    let lab = Lab::prepare(cx, line)?;
+    let (mut about, mut rows, mut problems) = (Value::Null, Vec::new(), Vec::new());
+    lab.boot(cx, "bench", "lab.bench=vfio", limit, |event| match event {
+        Event::Log(line) => eprintln!("{line}"),
+        Event::Bench(mut value) => match value.get_mut("vfio").map(Value::take) {
+            Some(row) => rows.push(row),
+            None => about = value,
+        },
+        Event::Error(error) => problems.push(error),
+        Event::Test(_) | Event::Demo(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
+    })?;
+    if let Some(problem) = problems.pop() {
+        bail!(problem);
+    }
+    let rows = rows.into_iter().map(serde_json::from_value);
+    Ok(Figures {
+        about,
+        rows: rows.collect::<serde_json::Result<_>>()?,
+    })
+}
+
+impl Figures {
+    pub fn table(&self) -> String {
+        let text = |key: &str| self.about[key].as_str().unwrap_or("unknown").to_owned();
+        let mut out = format!(
+            "kernel {}, QEMU {}; 64 MiB, a device assigned\n{:>8} {:<24} {:>21} {:>21} {:>7} {:>17} {:>19}\n{:>33} {:>7} {:>7} {:>5} {:>7} {:>7} {:>5} {:>7} {:>17} {:>19}\n",
+            text("kernel"),
+            text("qemu"),
+            "",
+            "",
+            "after start",
+            "after a storm",
+            "",
+            "",
+            "2 MiB, QEMU's : ours",
+            "",
+            "entries",
+            "IOMMU",
+            "MiB",
+            "entries",
+            "IOMMU",
+            "MiB",
+            "shared",
+            "to private",
+            "to shared",
+        );
+        for row in &self.rows {
+            let shared = 64.0 - row.private as f64 / MIB;
+            out += &format!(
+                "{:>8} {:<24} {} {} {shared:>7.1} {:>17} {:>19}\n",
+                row.way,
+                row.vmm,
+                row.start.cells(),
+                row.after.cells(),
+                self.ratio(row, |row| row.to_private),
+                self.ratio(row, |row| row.to_shared),
+            );
+        }
+        out
+    }
+
+    /// How many times as long as this machine QEMU's own takes.
+    fn ratio(&self, row: &Row, of: fn(&Row) -> u64) -> String {
+        let is_qemu = |other: &&Row| other.vmm == QEMU && other.way == row.way;
+        let qemu = self.rows.iter().find(is_qemu);
+        qemu.map_or_else(String::new, |qemu| {
+            format!("{:.2}", of(qemu) as f64 / of(row) as f64)
+        })
+    }
+}
+
+impl Held {
+    fn cells(&self) -> String {
+        let entries = self
+            .entries
+            .map_or("-".into(), |entries| entries.to_string());
+        let pinned = self.pinned as f64 / MIB;
+        format!("{entries:>7} {:>7} {pinned:>5.1}", self.mappings)
+    }
+}
