@@ -507,11 +507,9 @@ impl<'s, 'a> Step<'s, 'a> {
         let mut bytes = self.first.offsets.len();
         self.others.clone().find(|change| {
             bytes += change.offsets.len();
-            // Taking memory takes its time.
-            let limit = match change.region.allocates(self.to) {
-                true => PIECE,
-                false => STEP_BYTES,
-            };
+            // Taking memory takes its time, as does mapping and pinning it.
+            let is_slow = change.region.allocates(self.to) || change.region.listeners.any();
+            let limit = if is_slow { PIECE } else { STEP_BYTES };
             let is_full = self.pieces == STEP_PIECES || bytes > limit;
             self.pieces += usize::from(!is_full);
             is_full

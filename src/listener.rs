@@ -215,6 +215,11 @@ impl Listeners {
         self.list.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether there may be any.
+    pub(crate) fn any(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
+    }
+
     /// Adds a listener to a region of this size and shows it the shared `runs`.
     /// Nothing is added on failure.
     pub(crate) fn add(
@@ -258,7 +263,7 @@ impl Listeners {
     /// [`Listeners::restore`].
     #[inline(always)]
     pub(crate) fn discard(&self, offsets: Range) -> Result<()> {
-        match self.used.load(Ordering::Relaxed) {
+        match self.any() {
             true => self.discard_for_all(offsets),
             false => Ok(()),
         }
@@ -273,7 +278,7 @@ impl Listeners {
     /// All listeners map `offsets`, or none does.
     #[inline(always)]
     pub(crate) fn populate(&self, offsets: Range) -> Result<()> {
-        match self.used.load(Ordering::Relaxed) {
+        match self.any() {
             true => self.populate_for_all(offsets),
             false => Ok(()),
         }
@@ -295,7 +300,7 @@ impl Listeners {
     /// Has what of `offsets` was given up mapped again; returns how many bytes
     /// one of the listeners does not map.
     pub(crate) fn restore(&self, offsets: Range) -> u64 {
-        if !self.used.load(Ordering::Relaxed) {
+        if !self.any() {
             return 0;
         }
         let unmapped = self
@@ -308,7 +313,7 @@ impl Listeners {
 
     /// How many bytes of `offsets` one of the listeners maps.
     pub(crate) fn mapped(&self, offsets: Range) -> u64 {
-        if !self.used.load(Ordering::Relaxed) {
+        if !self.any() {
             return 0;
         }
         let mapped = |mapper: &Mapper| mapper.runs(offsets, MAPPED).map(|run| run.len()).sum();

@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Fail, Mapper, Model};
+use common::{Fail, Mapper, Model, vm_with_region};
 use privmem::{Error, GRANULE, Listener, Region, Side, Vm};
 
 const GRANULES: u64 = 32;
@@ -239,6 +239,20 @@ fn a_part_of_an_entry_is_not_made_private() {
         assert_eq!(setup.mappers[0].entries(), before);
         setup.assert_mapped_is_shared("refused");
     }
+}
+
+/// Mapping and pinning takes its time: others get their turn in between.
+#[test]
+fn with_a_listener_a_step_is_smaller() {
+    const STEP: u64 = 64 << 20;
+    let (kernel, vm, region) = vm_with_region(2 * STEP / GRANULE);
+    let converted = |to| vm.convert(0, 2 * STEP, to).unwrap();
+    assert_eq!(converted(Side::Private), 2 * STEP);
+    let mapper = Mapper::new(&kernel, &region, false);
+    region.add_listener(mapper).unwrap();
+    assert_eq!(converted(Side::Shared), STEP);
+    assert_eq!(converted(Side::Shared), 2 * STEP);
+    assert_eq!(converted(Side::Private), STEP);
 }
 
 /// Where a listener is told of a part of a region only, blocks at its ends are

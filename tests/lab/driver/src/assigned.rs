@@ -353,7 +353,7 @@ fn huge_pages(lab: &Lab, way: &Way) -> Result<()> {
     let all = way.pinned(&machine)?;
     same("free huge pages", pool.free()?, 0)?;
     let mappings = host::iommu_mappings()?;
-    ensure!(mappings < RAM / BLOCK + SMALL, "{mappings} mappings");
+    ensure!(mappings < RAM / PAGE / 8, "{mappings} mappings");
     if way.is_type1() {
         let used = used(&machine, LIMIT)?;
         ensure!(used < RAM / BLOCK + SMALL, "{used} entries");
