@@ -27,10 +27,10 @@ pub trait Listener: Send + Sync {
     fn populate(&self, offsets: Range) -> io::Result<()>;
 
     /// For a listener that can give up entries only as a whole: bytes of one, a
-    /// power of two up to 64 MiB. Blocks of so many that become shared as a whole are mapped
-    /// by one entry each, and go private as a whole only; the rest is mapped granule
-    /// by granule. Without, the listener is told run by run, and may have to give
-    /// up any part.
+    /// power of two up to 64 MiB. Blocks of so many that become shared as a whole
+    /// are mapped by one entry each, and go private as a whole only; the rest is
+    /// mapped granule by granule. Without, the listener is told run by run, and may
+    /// have to give up any part.
     fn granularity(&self) -> Option<u64> {
         None
     }
@@ -171,16 +171,19 @@ impl Mapper {
         unmapped
     }
 
-    /// Gives up what of `offsets` is mapped.
+    /// Gives up what of `offsets` is mapped, or as much of it as can be.
     fn discard(&self, offsets: Range) -> Result<()> {
         self.check_whole(offsets)?;
-        for run in self.runs(offsets, MAPPED) {
-            let entries = self.count_entries(run);
-            let given_up = self.listener.discard(run, entries);
-            given_up.map_err(Error::listener)?;
-            self.mapped.set(run.granules(), MAPPED.other());
-            self.blocks.set(self.whole_blocks(run), MAPPED.other());
-        }
+        let runs = self.runs(offsets, MAPPED);
+        runs.map(|run| self.give_up(run)).fold(Ok(()), Result::and)
+    }
+
+    fn give_up(&self, run: Range) -> Result<()> {
+        let entries = self.count_entries(run);
+        let given_up = self.listener.discard(run, entries);
+        given_up.map_err(Error::listener)?;
+        self.mapped.set(run.granules(), MAPPED.other());
+        self.blocks.set(self.whole_blocks(run), MAPPED.other());
         Ok(())
     }
 

@@ -126,3 +126,42 @@ impl Held {
         format!("{entries:>7} {:>7} {pinned:>5.1}", self.mappings)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_qemu_on_the_same_way() {
+        let row = |way: &str, vmm: &str, cycles: u64| {
+            let held = json!({"entries": null, "mappings": 5, "pinned": 3 << 20});
+            serde_json::from_value(json!({
+                "way": way, "vmm": vmm, "start": held, "after": held, "private": 1 << 20,
+                "to_private": cycles, "to_shared": 10 * cycles,
+            }))
+        };
+        let rows = [
+            ("a", "ours", 2),
+            ("a", QEMU, 3),
+            ("b", QEMU, 100),
+            ("b", "ours", 50),
+        ];
+        let figures = Figures {
+            about: json!({"kernel": "7.3", "qemu": "10.2"}),
+            rows: rows
+                .map(|(way, vmm, cycles)| row(way, vmm, cycles).unwrap())
+                .into(),
+        };
+        let table = figures.table();
+        assert!(table.starts_with("kernel 7.3, QEMU 10.2;"), "{table}");
+        let ratios: Vec<_> = table
+            .lines()
+            .skip(3)
+            .map(|line| line.split_whitespace().rev().take(3).collect::<Vec<_>>())
+            .collect();
+        assert_eq!(ratios[0], ["1.50", "1.50", "63.0"]);
+        assert_eq!(ratios[3], ["2.00", "2.00", "63.0"]);
+    }
+}

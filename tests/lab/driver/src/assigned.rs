@@ -197,6 +197,7 @@ fn storm(lab: &Lab, way: &Way) -> Result<()> {
     const COUNT: u64 = 10_000;
     let mut machine = way.start(lab)?;
     let all = way.pinned(&machine)?;
+    let held = machine.region("ram0")?.shared_held;
     let counts = machine.ask_counts(&format!("storm {BASE:#x} {COUNT} 1"))?;
     println!("  {counts:?}");
     let count = |name: &str| counts.get(name).copied().with_context(|| name.to_string());
@@ -205,7 +206,14 @@ fn storm(lab: &Lab, way: &Way) -> Result<()> {
     same("lost transfers", count("lost")?, 0)?;
     let private = count("private_pages")? * PAGE;
     same(way.pinned, way.pinned(&machine)?, all - private)?;
-    same("private", machine.region("ram0")?.private, private)?;
+    let info = machine.region("ram0")?;
+    same("private", info.private, private)?;
+    same(
+        "shared-held",
+        info.shared_held,
+        held.map(|held| held - private),
+    )?;
+    same_held(&info, private)?;
     machine.convert(BASE, 64, Shared)?;
     same(way.pinned, way.pinned(&machine)?, all)?;
     machine.finish()
@@ -503,8 +511,10 @@ fn reset_and_end(lab: &Lab, way: &Way) -> Result<()> {
 /// What the guest asked for cannot be pinned: it stays private, the guest is told, and the machine
 /// goes on.
 fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
-    let launch = way.launch(lab, RAM, "")?.with(OUR_GUEST);
-    let mut machine = started(launch.lock_limit(4 * RAM))?;
+    let launch = || Ok::<_, anyhow::Error>(way.launch(lab, RAM, "")?.with(OUR_GUEST));
+    let said = launch()?.lock_limit(RAM / 2).refused()?;
+    ensure!(said.contains("RLIMIT_MEMLOCK"), "QEMU said: {said}");
+    let mut machine = started(launch()?.lock_limit(4 * RAM))?;
     machine.convert(BASE, 16, Private)?;
     machine.fill(BASE, 16, 7)?;
     let pinned = way.pinned(&machine)?;
