@@ -536,8 +536,7 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
     machine.finish()
 }
 
-// ---- the bench: what a device's mappings are and cost, on each machine one after the other, as
-// there is one device ----
+// ---- the bench: what a device's mappings are and cost, on machines that have it in turns ----
 
 /// Machines: how they are called, their guest object, their backend, and whether pages go one by
 /// one.
@@ -551,15 +550,18 @@ const VMMS: &[(&str, &str, &str, bool)] = &[
     ),
     ("qemu", ",x-require-guest-memfd=on", "memfd", true),
 ];
+const PASSES: usize = 3;
 const ROUNDS: usize = 7;
 const PLACES: u64 = 3;
 
 pub fn bench(lab: &Lab) -> Result<()> {
     report(json!({"bench": {"kernel": lab.kernel, "qemu": lab.line}}));
-    for way in [&TYPE1, &IOMMUFD] {
-        for vmm in VMMS {
-            let row = measure(lab, way, vmm)?;
-            report(json!({"bench": {"vfio": row}}));
+    for _ in 0..PASSES {
+        for way in [&TYPE1, &IOMMUFD] {
+            for vmm in VMMS {
+                let row = measure(lab, way, vmm)?;
+                report(json!({"bench": {"vfio": row}}));
+            }
         }
     }
     Ok(())
