@@ -44,8 +44,10 @@ pub fn all() -> Vec<Scenario> {
         assigned("dma-entries-run-out", entries_run_out),
         assigned("dma-pin-limit-type1", |lab| pin_limit(lab, &TYPE1)),
         assigned("dma-pin-limit-iommufd", |lab| pin_limit(lab, &IOMMUFD)),
-        assigned("dma-large-guest-type1", |lab| large_guest(lab, &TYPE1)),
-        assigned("dma-large-guest-iommufd", |lab| large_guest(lab, &IOMMUFD)),
+        assigned("dma-large-guest-type1", |lab| large_guest(lab, &TYPE1, GIB)),
+        assigned("dma-large-guest-iommufd", |lab| {
+            large_guest(lab, &IOMMUFD, 256 * MIB)
+        }),
         assigned("dma-huge-pages-type1", |lab| huge_pages(lab, &TYPE1)),
         assigned("dma-huge-pages-iommufd", |lab| huge_pages(lab, &IOMMUFD)),
         assigned("dma-unmap-fails-model-type1", |lab| clings(lab, &TYPE1)),
@@ -316,38 +318,39 @@ fn entries_run_out(lab: &Lab) -> Result<()> {
     machine.finish()
 }
 
-/// Of 64 GiB the guest shares 1 GiB, as a Linux does for its devices, and some pages now and then.
-fn large_guest(lab: &Lab, way: &Way) -> Result<()> {
+/// Of 64 GiB the guest shares `size` bytes at once, as a Linux does for its devices, and some pages
+/// now and then.
+fn large_guest(lab: &Lab, way: &Way, size: u64) -> Result<()> {
     const POOL: u64 = 4 * GIB;
-    const NEAR: u64 = POOL + GIB + 5 * PAGE;
+    let near = POOL + size + 5 * PAGE;
     let launch = way.launch(lab, 64 * GIB, ",initial-state=private")?;
     let mut machine = started(launch.with(STARTS_PRIVATE))?;
     let before = way.pinned(&machine)?;
     ensure!(before < 4 * MIB, "{before} bytes are pinned");
-    machine.convert(POOL, GIB / PAGE, Shared)?;
-    same(way.pinned, way.pinned(&machine)?, before + GIB)?;
+    machine.convert(POOL, size / PAGE, Shared)?;
+    same(way.pinned, way.pinned(&machine)?, before + size)?;
     if way.is_type1() {
         let used = used(&machine, LIMIT)?;
-        ensure!(used < GIB / BLOCK + SMALL, "{used} mappings are used");
+        ensure!(used < size / BLOCK + SMALL, "{used} mappings are used");
     }
-    machine.convert(NEAR, 3, Shared)?;
+    machine.convert(near, 3, Shared)?;
     machine.fill(POOL, 1, 7)?;
-    copy(&mut machine, POOL, POOL + GIB - PAGE)?;
-    machine.check_moved(POOL + GIB - PAGE, POOL, 1, 7)?;
-    copy(&mut machine, POOL, NEAR + PAGE)?;
-    machine.check_moved(NEAR + PAGE, POOL, 1, 7)?;
-    machine.convert(NEAR + PAGE, 1, Private)?;
-    stopped(&mut machine, "write", NEAR + PAGE)?;
-    copy(&mut machine, POOL, NEAR + 2 * PAGE)?;
+    copy(&mut machine, POOL, POOL + size - PAGE)?;
+    machine.check_moved(POOL + size - PAGE, POOL, 1, 7)?;
+    copy(&mut machine, POOL, near + PAGE)?;
+    machine.check_moved(near + PAGE, POOL, 1, 7)?;
+    machine.convert(near + PAGE, 1, Private)?;
+    stopped(&mut machine, "write", near + PAGE)?;
+    copy(&mut machine, POOL, near + 2 * PAGE)?;
     if !way.is_type1() {
         // Any part can be taken out of what is shared.
-        machine.convert(POOL + 512 * MIB + PAGE, 1, Private)?;
-        stopped(&mut machine, "write", POOL + 512 * MIB + PAGE)?;
-        copy(&mut machine, POOL, POOL + 512 * MIB)?;
-        copy(&mut machine, POOL, POOL + 512 * MIB + 2 * PAGE)?;
-        same(way.pinned, way.pinned(&machine)?, before + GIB + PAGE)?;
+        machine.convert(POOL + size / 2 + PAGE, 1, Private)?;
+        stopped(&mut machine, "write", POOL + size / 2 + PAGE)?;
+        copy(&mut machine, POOL, POOL + size / 2)?;
+        copy(&mut machine, POOL, POOL + size / 2 + 2 * PAGE)?;
+        same(way.pinned, way.pinned(&machine)?, before + size + PAGE)?;
     }
-    machine.convert(POOL, 2 * GIB / PAGE, Private)?;
+    machine.convert(POOL, 2 * size / PAGE, Private)?;
     same(way.pinned, way.pinned(&machine)?, before)?;
     stopped(&mut machine, "read", POOL)?;
     machine.finish()
