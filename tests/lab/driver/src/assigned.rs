@@ -10,6 +10,7 @@ use nix::libc;
 use serde_json::{Value, json};
 
 use crate::host::{self, HugePages, KernelLog, Limit, Parameter};
+use crate::linux::Linux;
 use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, Side};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{BASE, Scenario, no_errors, same, same_held, still_converts};
@@ -60,6 +61,11 @@ pub fn all() -> Vec<Scenario> {
         assigned("dma-reset-and-end-iommufd", |lab| {
             reset_and_end(lab, &IOMMUFD)
         }),
+        assigned("dma-private-linux-type1", |lab| private_linux(lab, &TYPE1)).beside_linux(),
+        assigned("dma-private-linux-iommufd", |lab| {
+            private_linux(lab, &IOMMUFD)
+        })
+        .beside_linux(),
     ]
 }
 
@@ -537,6 +543,27 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
     machine.check_moved(BASE + 15 * PAGE, BASE, 1, 5)?;
     still_converts(&mut machine)?;
     machine.finish()
+}
+
+/// A Linux that starts with all of its RAM shared, and makes nearly all of it private, is refused
+/// nothing, though type 1 has fewer mappings than it has pages.
+fn private_linux(lab: &Lab, way: &Way) -> Result<()> {
+    let host = host::assignable()?.map_err(anyhow::Error::msg)?;
+    let device = format!(
+        "{} -device vfio-pci,host={host},addr=5{}",
+        way.object, way.property
+    );
+    let mut linux = Linux::private(lab, &device)?;
+    let info = linux.is_private()?;
+    same("failed-conversions", info.failed_conversions, 0)?;
+    let pinned = way.pinned(&linux.machine)?;
+    println!("  {pinned} bytes are pinned, {} shared", info.shared);
+    ensure!(
+        pinned.abs_diff(info.shared) < 2 * MIB,
+        "{pinned} bytes are pinned of {} that are shared",
+        info.shared
+    );
+    linux.finish()
 }
 
 // ---- the bench: what a device's mappings are and cost, on machines that have it in turns ----

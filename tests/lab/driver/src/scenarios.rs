@@ -95,6 +95,14 @@ impl Scenario {
         }
     }
 
+    /// In which the private Linux runs, too.
+    pub fn beside_linux(self) -> Scenario {
+        Scenario {
+            needs_private_linux: true,
+            ..self
+        }
+    }
+
     /// For any KVM.
     const fn plain(name: &'static str, function: Function) -> Scenario {
         Scenario {
