@@ -546,8 +546,9 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
 }
 
 /// A Linux that starts with all of its RAM shared, and makes nearly all of it private, is refused
-/// nothing, though type 1 has fewer mappings than it has pages.
+/// nothing. Its loader takes parts of 2 MiB, so that type 1 must have a mapping for each page.
 fn private_linux(lab: &Lab, way: &Way) -> Result<()> {
+    let _limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", 2 * LIMIT)?;
     let host = host::assignable()?.map_err(anyhow::Error::msg)?;
     let device = format!(
         "{} -device vfio-pci,host={host},addr=5{}",
