@@ -295,6 +295,26 @@ fn a_listener_that_refuses_is_left_out() {
     setup.assert_mapped(&[]);
 }
 
+/// Nor is it taken out of a listener's entry that has more: the rest may be in use.
+#[test]
+fn a_page_in_a_larger_entry_is_not_retired() {
+    let setup = Setup::new();
+    let whole = Mapper::with(&setup.kernel, &setup.region, |mapper| {
+        mapper.block = Some(4);
+    });
+    setup.region.add_listener(whole.clone()).unwrap();
+    let error = setup.fail(9).unwrap_err();
+    assert!(matches!(error, Error::NotRetired { .. }), "{error}");
+    assert_eq!(error.errno(), libc::EBUSY);
+    assert!(setup.kernel.is_poisoned(SEEN + 9));
+    assert!(whole.entries().contains(&(8..12)));
+    setup.assert_mapped(&[9]);
+    // As a granule of its own it goes.
+    setup.fail(5).unwrap();
+    assert!(whole.entries().contains(&(5..6)));
+    setup.assert_others_kept([5, 9]);
+}
+
 #[test]
 fn without_memory_in_its_place_the_guest_must_not_run_on() {
     for (granule, side) in [(3, Private), (6, Shared)] {
