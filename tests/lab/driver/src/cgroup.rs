@@ -32,12 +32,10 @@ struct Charged([u64; 3]);
 
 impl Charged {
     fn to(group: &ControlGroup) -> Result<Charged> {
-        let shmem = group.figure("memory.stat", "shmem")?;
-        let file = group.figure("memory.stat", "file")?;
         Ok(Charged([
             group.number("memory.current")?,
-            shmem,
-            file - shmem,
+            group.figure("memory.stat", "shmem")?,
+            group.private_memory()?,
         ]))
     }
 

@@ -53,6 +53,18 @@ pub fn kernel() -> String {
     }
 }
 
+/// Major and minor number of what [`kernel`] says.
+pub fn kernel_version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || {
+        numbers
+            .next()
+            .and_then(|digits| digits.parse().ok())
+            .unwrap_or(0)
+    };
+    (number(), number())
+}
+
 /// Puts busybox's tools where a shell finds them.
 pub fn install_tools() -> Result<()> {
     let mut install = Command::new("/bin/busybox");
@@ -328,6 +340,11 @@ impl ControlGroup {
         let (_, value) = value.with_context(|| format!("no {name} in {path}"))?;
         Ok(value.parse()?)
     }
+
+    /// What it is charged for private memory: of files in memory, all but the memfds.
+    pub fn private_memory(&self) -> Result<u64> {
+        Ok(self.figure("memory.stat", "file")? - self.figure("memory.stat", "shmem")?)
+    }
 }
 
 impl Drop for ControlGroup {
@@ -553,5 +570,17 @@ impl Drop for Limit {
     fn drop(&mut self) {
         // The process may be gone by now; then there is nothing to put back.
         let _ = self.apply(self.before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_have_two_numbers() {
+        assert_eq!(kernel_version("6.12.117"), (6, 12));
+        assert_eq!(kernel_version("7.3-rc1"), (7, 3));
+        assert_eq!(kernel_version("unknown (?)"), (0, 0));
     }
 }

@@ -1,18 +1,26 @@
 //! What comes and goes in the life of a Linux with private RAM.
 
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::Lab;
-use crate::host;
-use crate::linux::Linux;
+use crate::host::{self, ControlGroup};
+use crate::linux::{self, Linux};
 use crate::machine::{PAGE, Slot};
-use crate::scenarios::{Scenario, same};
+use crate::qmp::DEADLINE;
+use crate::scenarios::{DIMM, RAM, Scenario, fds_come_back, object_add, plug, same};
 
 pub fn all() -> Vec<Scenario> {
+    // Before, a balloon cannot be told which memory to use.
+    const MAPS: (u32, u32) = (6, 18);
     vec![
+        Scenario::private_linux("private-linux-balloon", balloon).since(MAPS),
+        Scenario::private_linux("private-linux-free-pages", free_pages).since(MAPS),
+        Scenario::private_linux("private-linux-dimm", dimm),
         Scenario::private_linux("private-linux-reboots", |lab| reboots(lab, 3)),
         Scenario::private_linux("private-linux-20-reboots", |lab| reboots(lab, 20)).on_request(),
     ]
@@ -101,6 +109,191 @@ fn reboots(lab: &Lab, count: u32) -> Result<()> {
         let now = Possessions::of(&mut linux)?;
         now.tell(&format!("after reboot {i}"));
         now.not_more_than(&first)?;
+    }
+    linux.finish()
+}
+
+/// What a guest's private memory takes: as the library counts it, and as the kernel charges it.
+#[derive(Clone, Copy)]
+struct Held {
+    counted: u64,
+    charged: u64,
+}
+
+impl Held {
+    fn by(linux: &mut Linux, group: &ControlGroup) -> Result<Held> {
+        let objects = linux.machine.private_memory()?;
+        let counted = objects.iter().map(|info| info.private_held).sum();
+        Ok(Held {
+            counted: Option::context(counted, "private-held")?,
+            charged: group.private_memory()?,
+        })
+    }
+
+    fn tell(&self, when: &str) {
+        println!(
+            "  {when}: {} KiB private, {} KiB charged",
+            self.counted >> 10,
+            self.charged >> 10
+        );
+    }
+
+    fn is_less(&self, by: u64, than: Held) -> bool {
+        self.counted + by <= than.counted && self.charged + by <= than.charged
+    }
+}
+
+/// A file of random bytes, by which it shows whether a guest's memory keeps what it should.
+struct Kept {
+    checksum: String,
+}
+
+impl Kept {
+    const SIZE: u64 = 16 << 20;
+    const SUM: &str = "sha256sum /kept/file";
+
+    fn new(linux: &mut Linux) -> Result<Kept> {
+        linux.run("mkdir -p /kept && mount -t tmpfs kept /kept")?;
+        linux.run("dd if=/dev/urandom of=/kept/file bs=1M count=16")?;
+        let checksum = linux::checksum(&linux.run(Kept::SUM)?);
+        Ok(Kept { checksum })
+    }
+
+    fn is_as_it_was(&self, linux: &mut Linux) -> Result<()> {
+        let now = linux::checksum(&linux.run(Kept::SUM)?);
+        same("the kept file's checksum", &now, &self.checksum)
+    }
+}
+
+/// Has the guest use all of its memory but 16 MiB.
+fn use_all(linux: &mut Linux) -> Result<()> {
+    linux.run("mkdir -p /all && mount -t tmpfs -o size=100% all /all")?;
+    linux.run(
+        "free=$(awk '/MemFree/ {print $2}' /proc/meminfo) && \
+         dd if=/dev/zero of=/all/file bs=1M count=$((free / 1024 - 16))",
+    )?;
+    Ok(())
+}
+
+fn free_all(linux: &mut Linux) -> Result<()> {
+    linux.run("umount /all").map(drop)
+}
+
+/// How much of memory that a guest gives back must be seen to go, at least: the rest may not have
+/// been used before.
+fn most_of(size: u64) -> u64 {
+    size / 4 * 3
+}
+
+/// Private memory that the operator asks back is the host's, until the guest gets it back and uses it.
+fn balloon(lab: &Lab) -> Result<()> {
+    const SIZE: u64 = 64 << 20;
+    let group = ControlGroup::new("linux")?;
+    let mut linux = Linux::private_in(&group, lab, &linux::balloon_device())?;
+    let kept = Kept::new(&mut linux)?;
+    use_all(&mut linux)?;
+    free_all(&mut linux)?;
+    let used = Held::by(&mut linux, &group)?;
+    used.tell("after the guest has used all memory");
+
+    linux.set_balloon(RAM - SIZE)?;
+    let given = Held::by(&mut linux, &group)?;
+    given.tell("without 64 MiB");
+    ensure!(given.is_less(most_of(SIZE), used), "it holds too much");
+    linux.is_private()?;
+
+    linux.set_balloon(RAM)?;
+    use_all(&mut linux)?;
+    let back = Held::by(&mut linux, &group)?;
+    back.tell("with them");
+    ensure!(
+        given.is_less(most_of(SIZE), back),
+        "the guest got too little"
+    );
+    linux.is_private()?;
+    kept.is_as_it_was(&mut linux)?;
+    linux.finish()
+}
+
+/// A guest that reports its free pages gives them back unasked.
+fn free_pages(lab: &Lab) -> Result<()> {
+    const SIZE: u64 = 64 << 20;
+    let group = ControlGroup::new("linux")?;
+    let device = linux::balloon_device() + ",free-page-reporting=on";
+    let mut linux = Linux::private_in(&group, lab, &device)?;
+    let kept = Kept::new(&mut linux)?;
+    for _ in 0..2 {
+        use_all(&mut linux)?;
+        let used = Held::by(&mut linux, &group)?;
+        used.tell("with all memory in use");
+        free_all(&mut linux)?;
+        let end = Instant::now() + DEADLINE;
+        let mut freed = Held::by(&mut linux, &group)?;
+        while !freed.is_less(SIZE, used) {
+            ensure!(
+                Instant::now() < end,
+                "it still holds {} bytes",
+                freed.charged
+            );
+            thread::sleep(Duration::from_millis(100));
+            freed = Held::by(&mut linux, &group)?;
+        }
+        freed.tell("with most of it free");
+        linux.is_private()?;
+    }
+    kept.is_as_it_was(&mut linux)?;
+    linux.finish()
+}
+
+/// A DIMM becomes private before the guest uses it, and is all the host's when it goes; what was on it
+/// the guest has elsewhere then.
+fn dimm(lab: &Lab) -> Result<()> {
+    let group = ControlGroup::new("linux")?;
+    let mut linux = Linux::private_in(&group, lab, "-m slots=2,maxmem=1G")?;
+    linux.run("echo online_movable > /sys/devices/system/memory/auto_online_blocks")?;
+    let fds = host::fds_of(linux.machine.pid())?;
+    for _ in 0..2 {
+        linux
+            .machine
+            .qmp
+            .call("object-add", object_add("ram1", DIMM))?;
+        plug(&mut linux.machine, None)?;
+        let told = linux.machine.qmp.event("ACPI_DEVICE_OST")?;
+        same(
+            "the guest's status",
+            told["info"]["status"].as_i64(),
+            Some(0),
+        )?;
+        same("private", linux.machine.region("ram1")?.private, DIMM)?;
+
+        let kept = Kept::new(&mut linux)?;
+        let info = linux.machine.region("ram1")?;
+        let held = info.private_held.context("private-held")?;
+        println!("  the DIMM holds {} KiB", held >> 10);
+        ensure!(held >= Kept::SIZE, "the guest does not use its DIMM");
+        same("held-twice", info.held_twice, Some(0))?;
+        linux.is_private()?;
+        use_all(&mut linux)?;
+        let used = Held::by(&mut linux, &group)?;
+        used.tell("with all memory in use");
+        free_all(&mut linux)?;
+
+        linux
+            .machine
+            .qmp
+            .call("device_del", json!({"id": "dimm1"}))?;
+        linux.machine.qmp.event("DEVICE_DELETED")?;
+        linux
+            .machine
+            .qmp
+            .call("object-del", json!({"id": "ram1"}))?;
+        fds_come_back(&linux.machine, &fds)?;
+        let left = Held::by(&mut linux, &group)?;
+        left.tell("without the DIMM");
+        ensure!(left.is_less(most_of(DIMM), used), "it still holds too much");
+        kept.is_as_it_was(&mut linux)?;
+        linux.run("umount /kept")?;
+        linux.is_private()?;
     }
     linux.finish()
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::Lab;
-use crate::host;
+use crate::host::{self, ControlGroup};
 use crate::machine::{Extent, Launch, Machine, PRIVATE, PrivateMemory};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{RAM, Scenario, same};
@@ -62,8 +62,17 @@ pub struct Linux {
 impl Linux {
     /// One with private RAM.
     pub fn private(lab: &Lab, devices: &str) -> Result<Linux> {
+        Linux::start(Linux::launch(lab), devices)
+    }
+
+    /// One with private RAM, all of which is charged to a group.
+    pub fn private_in(group: &ControlGroup, lab: &Lab, devices: &str) -> Result<Linux> {
+        Linux::start(Linux::launch(lab).before(&group.join()), devices)
+    }
+
+    fn launch(lab: &Lab) -> Launch {
         let launch = Launch::kvm(lab).with(PRIVATE).with(LINUX);
-        Linux::start(launch.arg(COMMAND_LINE), devices)
+        launch.arg(COMMAND_LINE)
     }
 
     /// One without.
@@ -116,6 +125,14 @@ impl Linux {
             reset["guest"].as_bool(),
             Some(by_guest),
         )
+    }
+
+    /// The operator's request to have this much memory, with which the guest complies.
+    pub fn set_balloon(&mut self, memory: u64) -> Result<()> {
+        let qmp = &mut self.machine.qmp;
+        qmp.call("balloon", json!({ "value": memory }))?;
+        while qmp.event("BALLOON_CHANGE")?["actual"] != memory {}
+        Ok(())
     }
 
     pub fn memory(&mut self) -> Result<PrivateMemory> {
@@ -210,6 +227,10 @@ impl Drop for Disk {
     }
 }
 
+pub fn balloon_device() -> String {
+    format!("-device virtio-balloon-pci,{DEVICE}")
+}
+
 pub fn network_device() -> String {
     format!(
         "-netdev tap,id=net0,ifname=tap0,script=no,downscript=no \
@@ -217,7 +238,7 @@ pub fn network_device() -> String {
     )
 }
 
-fn checksum(line: &str) -> String {
+pub fn checksum(line: &str) -> String {
     line.split_whitespace().next().unwrap_or_default().into()
 }
 

@@ -166,6 +166,11 @@ fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
             Err(e) => return verdict(scenario.name, "failed", &format!("{e:#}")),
         }
     }
+    let (major, minor) = scenario.needs_kernel;
+    if host::kernel_version(&lab.kernel) < (major, minor) {
+        let why = format!("it needs Linux {major}.{minor}, this is {}", lab.kernel);
+        return verdict(scenario.name, "skipped", &why);
+    }
     match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {
         Ok(Ok(())) => verdict(scenario.name, "ok", ""),
         Ok(Err(e)) => verdict(scenario.name, "failed", &format!("{e:#}")),

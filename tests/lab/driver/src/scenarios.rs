@@ -31,6 +31,8 @@ pub struct Scenario {
     pub needs_guest: Option<(&'static str, &'static str)>,
     /// Whether the kernel must know how to be a private guest.
     pub needs_private_linux: bool,
+    /// The oldest kernel that will do.
+    pub needs_kernel: (u32, u32),
     /// Whether it runs only when it is named: it takes its time.
     pub on_request: bool,
     /// Whether there must be a device that can be assigned.
@@ -52,6 +54,7 @@ impl Scenario {
             needs_private: true,
             needs_guest: None,
             needs_private_linux: false,
+            needs_kernel: (0, 0),
             on_request: false,
             needs_assignable: false,
             test: Test::Function(function),
@@ -76,6 +79,14 @@ impl Scenario {
         Scenario {
             needs_private_linux: true,
             ..Scenario::new(name, function)
+        }
+    }
+
+    /// From this kernel on.
+    pub const fn since(self, needs_kernel: (u32, u32)) -> Scenario {
+        Scenario {
+            needs_kernel,
+            ..self
         }
     }
 
@@ -125,6 +136,7 @@ pub fn all() -> Vec<Scenario> {
         needs_private: true,
         needs_guest: None,
         needs_private_linux: false,
+        needs_kernel: (0, 0),
         on_request: false,
         needs_assignable: false,
         test: Test::Refusal(refusal),
@@ -1131,7 +1143,7 @@ fn object_add_del(lab: &Lab) -> Result<()> {
     machine.finish()
 }
 
-const DIMM: u64 = 128 << 20;
+pub const DIMM: u64 = 128 << 20;
 
 /// A machine that has room for DIMMs.
 fn machine_for_dimms(lab: &Lab) -> Result<Machine> {
@@ -1142,7 +1154,7 @@ fn machine_for_dimms(lab: &Lab) -> Result<Machine> {
 }
 
 /// Makes `ram1` a DIMM of the guest; gives its address.
-fn plug(machine: &mut Machine, address: Option<u64>) -> Result<u64> {
+pub fn plug(machine: &mut Machine, address: Option<u64>) -> Result<u64> {
     let mut device = json!({"driver": "pc-dimm", "id": "dimm1", "memdev": "ram1"});
     if let Some(address) = address {
         device["addr"] = address.into();
