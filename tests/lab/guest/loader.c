@@ -20,6 +20,7 @@ enum {
 	DIRECTORY = 0x19,
 	DMA_ERROR = 1,
 	DMA_READ = 2,
+	DMA_SKIP = 4,
 	DMA_SELECT = 8,
 	NAME = 56,
 
@@ -93,41 +94,46 @@ static struct {
 	struct file files[64];
 } directory;
 
-/* Goes on with what was selected last, or begins what `select` says. */
-static void fetch(void *to, u64 size, u32 select)
+static void ask(u32 control, u32 length)
+{
+	request->address = __builtin_bswap64((u64)data);
+	request->length = __builtin_bswap32(length);
+	request->control = __builtin_bswap32(control);
+	barrier();
+	outl(FW_CFG_DMA, 0);
+	outl(FW_CFG_DMA + 4, __builtin_bswap32(WINDOW));
+	while (request->control & ~__builtin_bswap32(DMA_ERROR))
+		barrier();
+	if (request->control)
+		fail("fw_cfg cannot be read", "");
+}
+
+/* Goes on where the last one ended. */
+static void fetch(void *to, u64 size)
 {
 	while (size) {
 		u64 part = size < WINDOW_SIZE - PAGE ? size : WINDOW_SIZE - PAGE;
 
-		request->address = __builtin_bswap64((u64)data);
-		request->length = __builtin_bswap32(part);
-		request->control = __builtin_bswap32(select | DMA_READ);
-		barrier();
-		outl(FW_CFG_DMA, 0);
-		outl(FW_CFG_DMA + 4, __builtin_bswap32(WINDOW));
-		while (request->control & ~__builtin_bswap32(DMA_ERROR))
-			barrier();
-		if (request->control)
-			fail("fw_cfg cannot be read", "");
+		ask(DMA_READ, part);
 		memcpy(to, data, part);
 		to = (u8 *)to + part;
 		size -= part;
-		select = 0;
 	}
 }
 
-static void begin(void *to, u64 size, u16 select)
+static void begin(void *to, u64 size, u16 select, u32 offset)
 {
-	fetch(to, size, (u32)select << 16 | DMA_SELECT);
+	ask((u32)select << 16 | DMA_SELECT | DMA_SKIP, offset);
+	fetch(to, size);
 }
 
 static void read_directory(void)
 {
-	begin(&directory.count, sizeof(directory.count), DIRECTORY);
+	begin(&directory.count, sizeof(directory.count), DIRECTORY, 0);
 	directory.count = __builtin_bswap32(directory.count);
 	if (directory.count > sizeof(directory.files) / sizeof(directory.files[0]))
 		fail("fw_cfg has too many files", "");
-	fetch(directory.files, directory.count * sizeof(directory.files[0]), 0);
+	fetch(directory.files, directory.count * sizeof(directory.files[0]));
 	for (u32 i = 0; i < directory.count; i++) {
 		struct file *file = &directory.files[i];
 
@@ -154,7 +160,7 @@ static void find_memory(void)
 
 	if (file->size > sizeof(memory.map))
 		fail("there are too many kinds of memory", "");
-	begin(memory.map, file->size, file->select);
+	begin(memory.map, file->size, file->select, 0);
 	memory.count = file->size / sizeof(memory.map[0]);
 	for (u32 i = 0; i < memory.count; i++)
 		if (memory.map[i].type == RAM && !memory.map[i].address)
@@ -224,7 +230,7 @@ static void allocate(const char *name, u32 align)
 	tables.files[tables.count].address = address;
 	tables.files[tables.count++].size = file->size;
 	tables.next = address + file->size;
-	begin((void *)address, file->size, file->select);
+	begin((void *)address, file->size, file->select, 0);
 }
 
 /* Where something in a file lies that has been allocated. */
@@ -288,7 +294,7 @@ static u64 load_tables(void)
 	pci_write(0x1f, 0x44, 0x80);		/* ACPI_CNTL: on */
 	if (file->size > sizeof(tables.commands))
 		fail("there are too many commands in ", file->name);
-	begin(tables.commands, file->size, file->select);
+	begin(tables.commands, file->size, file->select, 0);
 	tables.next = memory.low_end - TABLES_SIZE;
 	for (u32 i = 0; i < file->size / sizeof(tables.commands[0]); i++)
 		obey(&tables.commands[i]);
@@ -347,34 +353,53 @@ static void load_initrd(void)
 	initrd.address = (memory.low_end - TABLES_SIZE - file->size) & -(u64)PAGE;
 	if (file->size > memory.low_end / 2)
 		fail("there is not enough RAM for the initrd", "");
-	begin((void *)initrd.address, file->size, file->select);
+	begin((void *)initrd.address, file->size, file->select, 0);
 }
 
-/* The file comes to where it fits, below the initrd, and from there to where it runs. */
+static struct {
+	struct elf elf;
+	struct segment segments[16];
+	u8 notes[PAGE];
+} kernel;
+
+static void load_segment(const struct file *file, const struct segment *s)
+{
+	u8 *to = (u8 *)s->address;
+
+	if (s->address < WINDOW + WINDOW_SIZE || s->address + s->size > initrd.address)
+		fail("there is not enough RAM for the kernel", "");
+	begin(to, s->file_size, file->select, s->offset);
+	memset(to + s->file_size, 0, s->size - s->file_size);
+}
+
+static u32 read_notes(const struct file *file, const struct segment *s)
+{
+	if (s->file_size > sizeof(kernel.notes))
+		fail("the kernel has too many notes", "");
+	begin(kernel.notes, s->file_size, file->select, s->offset);
+	return pvh_entry(kernel.notes, s->file_size);
+}
+
+/* Its parts come to where they run, and to nowhere else: memory once used stays in use. */
 static u32 load_kernel(void)
 {
 	const struct file *file = find("opt/privmem/kernel");
-	u64 at = (initrd.address - file->size) & -(u64)PAGE;
-	const struct elf *elf = (const struct elf *)at;
+	const struct elf *elf = &kernel.elf;
 	u32 entry = 0;
 
-	if (file->size > initrd.address / 2)
-		fail("there is not enough RAM for the kernel", "");
-	begin((void *)at, file->size, file->select);
-	if (*(const u32 *)elf->ident != 0x464c457f || elf->ident[4] != 2)
+	begin(&kernel.elf, sizeof(kernel.elf), file->select, 0);
+	if (*(const u32 *)elf->ident != 0x464c457f || elf->ident[4] != 2 ||
+	    elf->segment_size != sizeof(kernel.segments[0]) || elf->segment_count > 16)
 		fail("the kernel should be a vmlinux, an ELF file of 64 bit", "");
+	begin(kernel.segments, elf->segment_count * sizeof(kernel.segments[0]), file->select,
+	      elf->segments);
 	for (u32 i = 0; i < elf->segment_count; i++) {
-		const struct segment *s =
-			(const struct segment *)(at + elf->segments + i * elf->segment_size);
+		const struct segment *s = &kernel.segments[i];
 
 		if (s->type == NOTE && !entry)
-			entry = pvh_entry((const u8 *)at + s->offset, s->file_size);
-		if (s->type != LOAD)
-			continue;
-		if (s->address < WINDOW + WINDOW_SIZE || s->address + s->size > at)
-			fail("there is not enough RAM for the kernel", "");
-		memcpy((void *)s->address, (const void *)(at + s->offset), s->file_size);
-		memset((void *)(s->address + s->file_size), 0, s->size - s->file_size);
+			entry = read_notes(file, s);
+		if (s->type == LOAD)
+			load_segment(file, s);
 	}
 	if (!entry)
 		fail("the kernel has no PVH entry: it needs CONFIG_PVH", "");
@@ -415,7 +440,7 @@ static void describe(u64 rsdp)
 
 	if (file->size >= sizeof(command_line))
 		fail("the command line is too long", "");
-	begin(command_line, file->size, file->select);
+	begin(command_line, file->size, file->select, 0);
 
 	add_memory(0, LOW_END, RAM);
 	add_memory(0xf0000, MEGABYTE, RESERVED);
