@@ -12,7 +12,7 @@ use crate::host::{self, ControlGroup};
 use crate::linux::{self, Linux};
 use crate::machine::{PAGE, Slot};
 use crate::qmp::DEADLINE;
-use crate::scenarios::{DIMM, RAM, Scenario, fds_come_back, object_add, plug, same};
+use crate::scenarios::{DIMM, Scenario, fds_come_back, object_add, plug, same};
 
 pub fn all() -> Vec<Scenario> {
     // Before, a balloon cannot be told which memory to use.
@@ -65,7 +65,7 @@ impl Possessions {
 
     /// A Linux that has just started has not always used the same pages, but about as many.
     fn not_more_than(&self, first: &Possessions) -> Result<()> {
-        const ABOUT: u64 = 512 * PAGE;
+        const ABOUT: u64 = 256 * PAGE;
         same("fds", self.fds, first.fds)?;
         same("mappings", self.mappings, first.mappings)?;
         same("slots", &self.slots, &first.slots)?;
@@ -99,8 +99,8 @@ fn reboots(lab: &Lab, count: u32) -> Result<()> {
     let first = Possessions::of(&mut linux)?;
     first.tell("after the first reboot");
     for i in 2..=count {
-        // Far more than a boot needs: it would be seen if it stayed.
-        linux.run("dd if=/dev/urandom of=/tmp/x bs=1M count=24 2>/dev/null")?;
+        // Far more than boots differ in: it would be seen if it stayed.
+        linux.run("dd if=/dev/urandom of=/tmp/x bs=1M count=4 2>/dev/null")?;
         if i % 2 == 0 {
             linux.reset()?;
         } else {
@@ -143,105 +143,97 @@ impl Held {
     }
 }
 
-/// A file of random bytes, by which it shows whether a guest's memory keeps what it should.
+/// Has the guest use this many MiB, until they are freed.
+fn use_memory(linux: &mut Linux, mib: &str) -> Result<()> {
+    linux.run("mkdir -p /used && mount -t tmpfs -o size=100% used /used")?;
+    linux.run(&format!("dd if=/dev/zero of=/used/file bs=1M count={mib}"))?;
+    Ok(())
+}
+
+/// All that it has, but for 8 MiB.
+const ALL: &str = "$(awk '/MemFree/ {print int($2 / 1024) - 8}' /proc/meminfo)";
+
+fn free_memory(linux: &mut Linux) -> Result<()> {
+    linux.run("umount /used").map(drop)
+}
+
+/// A file of 4 MiB, by which it shows whether memory keeps what it should.
 struct Kept {
     checksum: String,
 }
 
 impl Kept {
-    const SIZE: u64 = 16 << 20;
+    const SIZE: u64 = 4 << 20;
     const SUM: &str = "sha256sum /kept/file";
 
     fn new(linux: &mut Linux) -> Result<Kept> {
         linux.run("mkdir -p /kept && mount -t tmpfs kept /kept")?;
-        linux.run("dd if=/dev/urandom of=/kept/file bs=1M count=16")?;
+        linux.run("dd if=/dev/urandom of=/kept/file bs=1M count=4")?;
         let checksum = linux::checksum(&linux.run(Kept::SUM)?);
         Ok(Kept { checksum })
     }
 
-    fn is_as_it_was(&self, linux: &mut Linux) -> Result<()> {
+    /// It is as it was; then it goes.
+    fn check(self, linux: &mut Linux) -> Result<()> {
         let now = linux::checksum(&linux.run(Kept::SUM)?);
-        same("the kept file's checksum", &now, &self.checksum)
+        same("the kept file's checksum", now, self.checksum)?;
+        linux.run("umount /kept").map(drop)
     }
-}
-
-/// Has the guest use all of its memory but 16 MiB.
-fn use_all(linux: &mut Linux) -> Result<()> {
-    linux.run("mkdir -p /all && mount -t tmpfs -o size=100% all /all")?;
-    linux.run(
-        "free=$(awk '/MemFree/ {print $2}' /proc/meminfo) && \
-         dd if=/dev/zero of=/all/file bs=1M count=$((free / 1024 - 16))",
-    )?;
-    Ok(())
-}
-
-fn free_all(linux: &mut Linux) -> Result<()> {
-    linux.run("umount /all").map(drop)
-}
-
-/// How much of memory that a guest gives back must be seen to go, at least: the rest may not have
-/// been used before.
-fn most_of(size: u64) -> u64 {
-    size / 4 * 3
 }
 
 /// Private memory that the operator asks back is the host's, until the guest gets it back and uses it.
 fn balloon(lab: &Lab) -> Result<()> {
-    const SIZE: u64 = 64 << 20;
+    const SIZE: u64 = 32 << 20;
+    // Some of it may be what the guest had not used.
+    const MOST: u64 = SIZE / 4 * 3;
     let group = ControlGroup::new("linux")?;
-    let mut linux = Linux::private_in(&group, lab, &linux::balloon_device())?;
+    let mut linux = Linux::small(lab, &group, &linux::balloon_device())?;
+    let all = linux.memory()?.size;
     let kept = Kept::new(&mut linux)?;
-    use_all(&mut linux)?;
-    free_all(&mut linux)?;
+    use_memory(&mut linux, ALL)?;
+    free_memory(&mut linux)?;
     let used = Held::by(&mut linux, &group)?;
-    used.tell("after the guest has used all memory");
+    used.tell("when the guest has used all of its memory, and freed most");
 
-    linux.set_balloon(RAM - SIZE)?;
+    linux.set_balloon(all - SIZE)?;
     let given = Held::by(&mut linux, &group)?;
-    given.tell("without 64 MiB");
-    ensure!(given.is_less(most_of(SIZE), used), "it holds too much");
+    given.tell("when it has given back 32 MiB");
+    ensure!(given.is_less(MOST, used), "the host got too little");
     linux.is_private()?;
 
-    linux.set_balloon(RAM)?;
-    use_all(&mut linux)?;
+    linux.set_balloon(all)?;
+    use_memory(&mut linux, ALL)?;
     let back = Held::by(&mut linux, &group)?;
-    back.tell("with them");
-    ensure!(
-        given.is_less(most_of(SIZE), back),
-        "the guest got too little"
-    );
+    back.tell("when it has got them back, and uses all");
+    ensure!(given.is_less(MOST, back), "the guest got too little");
     linux.is_private()?;
-    kept.is_as_it_was(&mut linux)?;
+    kept.check(&mut linux)?;
     linux.finish()
 }
 
 /// A guest that reports its free pages gives them back unasked.
 fn free_pages(lab: &Lab) -> Result<()> {
-    const SIZE: u64 = 64 << 20;
+    // Pages are reported in blocks of 2 MiB.
+    const MOST: u64 = 24 << 20;
     let group = ControlGroup::new("linux")?;
     let device = linux::balloon_device() + ",free-page-reporting=on";
-    let mut linux = Linux::private_in(&group, lab, &device)?;
+    let mut linux = Linux::small(lab, &group, &device)?;
     let kept = Kept::new(&mut linux)?;
-    for _ in 0..2 {
-        use_all(&mut linux)?;
-        let used = Held::by(&mut linux, &group)?;
-        used.tell("with all memory in use");
-        free_all(&mut linux)?;
-        let end = Instant::now() + DEADLINE;
-        let mut freed = Held::by(&mut linux, &group)?;
-        while !freed.is_less(SIZE, used) {
-            ensure!(
-                Instant::now() < end,
-                "it still holds {} bytes",
-                freed.charged
-            );
-            thread::sleep(Duration::from_millis(100));
-            freed = Held::by(&mut linux, &group)?;
-        }
-        freed.tell("with most of it free");
-        linux.is_private()?;
+    use_memory(&mut linux, "32")?;
+    let used = Held::by(&mut linux, &group)?;
+    used.tell("while the guest uses 32 MiB");
+
+    free_memory(&mut linux)?;
+    let end = Instant::now() + DEADLINE;
+    let mut freed = Held::by(&mut linux, &group)?;
+    while !freed.is_less(MOST, used) {
+        ensure!(Instant::now() < end, "no end of waiting for {MOST} bytes");
+        thread::sleep(Duration::from_millis(100));
+        freed = Held::by(&mut linux, &group)?;
     }
-    kept.is_as_it_was(&mut linux)?;
+    freed.tell("when it has freed and reported them");
+    linux.is_private()?;
+    kept.check(&mut linux)?;
     linux.finish()
 }
 
@@ -249,7 +241,7 @@ fn free_pages(lab: &Lab) -> Result<()> {
 /// the guest has elsewhere then.
 fn dimm(lab: &Lab) -> Result<()> {
     let group = ControlGroup::new("linux")?;
-    let mut linux = Linux::private_in(&group, lab, "-m slots=2,maxmem=1G")?;
+    let mut linux = Linux::small(lab, &group, "-m slots=2,maxmem=1G")?;
     linux.run("echo online_movable > /sys/devices/system/memory/auto_online_blocks")?;
     let fds = host::fds_of(linux.machine.pid())?;
     for _ in 0..2 {
@@ -258,26 +250,12 @@ fn dimm(lab: &Lab) -> Result<()> {
             .qmp
             .call("object-add", object_add("ram1", DIMM))?;
         plug(&mut linux.machine, None)?;
-        let told = linux.machine.qmp.event("ACPI_DEVICE_OST")?;
-        same(
-            "the guest's status",
-            told["info"]["status"].as_i64(),
-            Some(0),
-        )?;
-        same("private", linux.machine.region("ram1")?.private, DIMM)?;
-
-        let kept = Kept::new(&mut linux)?;
-        let info = linux.machine.region("ram1")?;
-        let held = info.private_held.context("private-held")?;
-        println!("  the DIMM holds {} KiB", held >> 10);
-        ensure!(held >= Kept::SIZE, "the guest does not use its DIMM");
-        same("held-twice", info.held_twice, Some(0))?;
-        linux.is_private()?;
-        use_all(&mut linux)?;
+        takes_dimm(&mut linux)?;
+        let kept = uses_dimm(&mut linux)?;
         let used = Held::by(&mut linux, &group)?;
-        used.tell("with all memory in use");
-        free_all(&mut linux)?;
+        used.tell("with the DIMM");
 
+        free_memory(&mut linux)?;
         linux
             .machine
             .qmp
@@ -289,11 +267,45 @@ fn dimm(lab: &Lab) -> Result<()> {
             .call("object-del", json!({"id": "ram1"}))?;
         fds_come_back(&linux.machine, &fds)?;
         let left = Held::by(&mut linux, &group)?;
-        left.tell("without the DIMM");
-        ensure!(left.is_less(most_of(DIMM), used), "it still holds too much");
-        kept.is_as_it_was(&mut linux)?;
-        linux.run("umount /kept")?;
-        linux.is_private()?;
+        left.tell("without it");
+        // The file has moved to memory that may not have been used before.
+        ensure!(
+            left.is_less(FILLED - Kept::SIZE, used),
+            "the host got too little"
+        );
+        kept.check(&mut linux)?;
     }
+    linux.is_private()?;
     linux.finish()
+}
+
+/// What the guest says of a DIMM that was plugged in. (Of one that is to go it says more than once how
+/// far it is.)
+fn takes_dimm(linux: &mut Linux) -> Result<()> {
+    const DEVICE_CHECK: u64 = 1;
+    loop {
+        let told = linux.machine.qmp.event("ACPI_DEVICE_OST")?;
+        if told["info"]["source"] == DEVICE_CHECK {
+            return same(
+                "the guest's status",
+                told["info"]["status"].as_i64(),
+                Some(0),
+            );
+        }
+    }
+}
+
+/// What is written first to memory that is plugged in; movable memory is what a file in memory takes first.
+const FILLED: u64 = 16 << 20;
+
+fn uses_dimm(linux: &mut Linux) -> Result<Kept> {
+    same("private", linux.machine.region("ram1")?.private, DIMM)?;
+    let kept = Kept::new(linux)?;
+    use_memory(linux, "16")?;
+    let info = linux.machine.region("ram1")?;
+    let held = info.private_held.context("private-held")?;
+    println!("  the DIMM holds {} KiB", held >> 10);
+    ensure!(held >= Kept::SIZE + FILLED, "the guest does not use it");
+    same("shared-held", info.shared_held, Some(0))?;
+    Ok(kept)
 }

@@ -62,17 +62,16 @@ pub struct Linux {
 impl Linux {
     /// One with private RAM.
     pub fn private(lab: &Lab, devices: &str) -> Result<Linux> {
-        Linux::start(Linux::launch(lab), devices)
-    }
-
-    /// One with private RAM, all of which is charged to a group.
-    pub fn private_in(group: &ControlGroup, lab: &Lab, devices: &str) -> Result<Linux> {
-        Linux::start(Linux::launch(lab).before(&group.join()), devices)
-    }
-
-    fn launch(lab: &Lab) -> Launch {
         let launch = Launch::kvm(lab).with(PRIVATE).with(LINUX);
-        launch.arg(COMMAND_LINE)
+        Linux::start(launch.arg(COMMAND_LINE), devices)
+    }
+
+    /// One with half as much RAM, all of it charged to a group: for devices that transfer little.
+    pub fn small(lab: &Lab, group: &ControlGroup, devices: &str) -> Result<Linux> {
+        let launch = Launch::kvm(lab).with(&PRIVATE.replace("256M", "128M"));
+        let command_line = COMMAND_LINE.replace("swiotlb=4096", "swiotlb=1024");
+        let launch = launch.with(LINUX).arg(&command_line);
+        Linux::start(launch.before(&group.join()), devices)
     }
 
     /// One without.
