@@ -31,6 +31,9 @@ use crate::symbols;
 
 const LAB_LIMIT: Duration = Duration::from_secs(20 * 60);
 
+/// How the lab's tests begin a line about what they found.
+const REMARK: &str = "  ";
+
 /// What a C program's exit status says when it could not test anything.
 const SKIPPED: i32 = 77;
 
@@ -547,11 +550,13 @@ fn lab(cx: &Context, line: Line, tests: &[String]) -> Result<Tally> {
     let label = format!("lab {line}");
     let mut tally = Tally::default();
     let mut progress = run::Progress::start(&label);
-    let tests = match tests {
+    let run = match tests {
         [] => "lab.run=all".to_owned(),
         some => format!("lab.run={}", some.join(",")),
     };
-    let boot = lab.boot(cx, "test", &tests, LAB_LIMIT, |event| match event {
+    let boot = lab.boot(cx, "test", &run, LAB_LIMIT, |event| match event {
+        // Who names a test may want to see what it found.
+        Event::Log(line) if !tests.is_empty() && line.starts_with(REMARK) => println!("{line}"),
         Event::Log(line) => progress.tick(&line),
         Event::Error(error) => tally.failed.push(error),
         Event::Test(test) => {

@@ -209,6 +209,12 @@ impl fmt::Display for Kvm {
     }
 }
 
+/// How fast the time stamp counter of a guest goes.
+pub fn tsc_khz() -> Result<u32> {
+    let vcpu = kvm_ioctls::Kvm::new()?.create_vm()?.create_vcpu(0)?;
+    vcpu.get_tsc_khz().context("KVM_GET_TSC_KHZ")
+}
+
 /// The numbers of the fds that a process has open.
 pub fn fds_of(pid: u32) -> Result<Vec<u64>> {
     let mut fds = Vec::new();
