@@ -527,6 +527,8 @@ mod tests {
             run("cargo xtask soak --requests 1000000")?,
             run("cargo xtask soak [--line L]")?
         );
+        let one = "cargo xtask test --suite lab-10.2 --lab-test accounting";
+        assert_eq!(run(one)?, one);
         assert!(run("make coffee").is_err());
         Ok(())
     }

@@ -349,7 +349,8 @@ impl ControlGroup {
 
     /// What it is charged for private memory: of files in memory, all but the memfds.
     pub fn private_memory(&self) -> Result<u64> {
-        Ok(self.figure("memory.stat", "file")? - self.figure("memory.stat", "shmem")?)
+        let shmem = self.figure("memory.stat", "shmem")?;
+        Ok(self.figure("memory.stat", "file")? - shmem)
     }
 }
 
