@@ -136,7 +136,9 @@ static inline enum hostile_answer hostile_next(uint64_t *state, const struct hos
 		return HOSTILE_GRANTED;
 	case 12:
 	case 13:
-	case 14:	/* any bits, none of them a page's address */
+	case 14:
+	case 15:
+	case 16:	/* any bits, none of them a page's address */
 		request->gpa = hostile_random(state) | 1;
 		request->pages = hostile_random(state);
 		request->attributes = hostile_random(state);

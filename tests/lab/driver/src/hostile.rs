@@ -24,10 +24,11 @@ const LARGEST_PART: u64 = 25_000;
 /// How often the host does something in each part.
 const DISTURBANCES: u64 = 3;
 const PAUSE: Duration = Duration::from_millis(100);
-/// What each vCPU asks for before and while the machine is reset.
+/// How often the machine is reset at first, and what each vCPU asks for until then.
+const RESETS: u64 = 3;
 const UNTIL_RESET: u64 = 1_000_000;
 /// What both attack, and what they keep for themselves before that.
-const PAGES: u64 = 64;
+const PAGES: u64 = 32;
 const OWN: u64 = 201;
 const OWN_BASE: u64 = BASE - OWN * PAGE;
 const DIMM: u64 = 128 << 20;
@@ -77,9 +78,11 @@ fn run(lab: &Lab, seed: u64, requests: u64) -> Result<Answers> {
         .with("-action reboot=reset")
         .with(OUR_GUEST)
         .start_guest()?;
-    begin(&mut machine, seed)?;
-    interrupt(&mut machine)?;
-    reset(&mut machine)?;
+    for _ in 0..RESETS {
+        begin(&mut machine, seed)?;
+        interrupt(&mut machine)?;
+        reset(&mut machine)?;
+    }
     take_dimm_away(&mut machine)?;
     begin(&mut machine, seed)?;
     calm(&mut machine)?;
@@ -165,7 +168,7 @@ fn attack(machine: &mut Machine, requests: u64) -> Result<Answers> {
     let mut answers = Answers::default();
     let (mut sent, mut longest) = (0, 0);
     // By each of the two.
-    let count = LARGEST_PART.min(requests / PARTS).div_ceil(2);
+    let count = LARGEST_PART.min(requests.div_ceil(PARTS)).div_ceil(2);
     while sent < requests {
         let command = format!("attack {count}");
         machine.send(&command)?;
