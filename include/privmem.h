@@ -276,9 +276,13 @@ struct privmem_listener {
    */
   int (*populate)(void *opaque, uint64_t offset, uint64_t size);
   /**
-   * What of the region the listener is told of; `length` 0 for all of it.
+   * Where that begins which the listener is told of: offset into the region, in
+   * bytes.
    */
   uint64_t offset;
+  /**
+   * How many bytes of the region it is told of; 0, with offset 0, for all of it.
+   */
   uint64_t length;
   /**
    * For a listener that can give up entries only as a whole: bytes of one, a

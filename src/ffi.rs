@@ -427,8 +427,10 @@ pub struct privmem_listener {
     /// negative errno with none of it mapped: the conversion is undone then.
     pub populate:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, size: u64) -> c_int>,
-    /// What of the region the listener is told of; `length` 0 for all of it.
+    /// Where that begins which the listener is told of: offset into the region, in
+    /// bytes.
     pub offset: u64,
+    /// How many bytes of the region it is told of; 0, with offset 0, for all of it.
     pub length: u64,
     /// For a listener that can give up entries only as a whole: bytes of one, a
     /// power of two, at most 64 MiB. Blocks of so many that become shared as a whole

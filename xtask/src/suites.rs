@@ -29,7 +29,7 @@ use crate::run;
 use crate::setup;
 use crate::symbols;
 
-const LAB_LIMIT: Duration = Duration::from_secs(20 * 60);
+const LAB_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// How the lab's tests begin a line about what they found.
 const REMARK: &str = "  ";
