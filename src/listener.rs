@@ -90,9 +90,8 @@ impl Mapper {
     fn runs(&self, offsets: Range, side: Side) -> impl Iterator<Item = Range> {
         let ours = offsets.intersection(&self.range).into_iter();
         ours.flat_map(move |offsets| {
-            let runs = self.mapped.runs(offsets.granules());
-            runs.filter(move |run| run.side == side)
-                .map(|run| Range::from_granules(run.granules))
+            let runs = self.mapped.runs_on(side, offsets.granules());
+            runs.map(Range::from_granules)
         })
     }
 

@@ -265,10 +265,8 @@ impl Region {
     }
 
     pub(crate) fn runs_on(&self, side: Side, offsets: Range) -> impl Iterator<Item = Range> {
-        self.state
-            .runs(offsets.granules())
-            .filter(move |run| run.side == side)
-            .map(|run| Range::from_granules(run.granules))
+        let runs = self.state.runs_on(side, offsets.granules());
+        runs.map(Range::from_granules)
     }
 
     /// Back to the initial state, without private contents. For the reset of a

@@ -306,8 +306,17 @@ impl StateMap {
 
     #[inline(never)]
     fn first_in_words(&self, side: Side, granules: Range<usize>) -> Option<Range<usize>> {
-        let mut runs = self.runs(granules);
-        runs.find(|run| run.side == side).map(|run| run.granules)
+        self.runs_on(side, granules).next()
+    }
+
+    /// Those of the runs of `granules` that are on `side`.
+    pub fn runs_on(
+        &self,
+        side: Side,
+        granules: Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> {
+        let runs = self.runs(granules).filter(move |run| run.side == side);
+        runs.map(|run| run.granules)
     }
 
     /// Number of private granules in `granules`.

@@ -109,12 +109,12 @@ fn any_call_that_fails_is_undone_for_listeners_too() {
 fn what_a_listener_does_not_give_up_stays_shared() {
     let setup = Setup::new();
     setup.kernel.set_fail(Fail::Once(0, libc::EIO));
-    let error = setup.vm.convert(0, GRANULE, Side::Private).unwrap_err();
+    let error = common::convert(&setup.vm, 0..1, Side::Private).unwrap_err();
     assert!(!matches!(error, Error::Undone { .. }), "{error}");
     assert!(error.to_string().contains("listener"), "{error}");
     assert_eq!(error.errno(), libc::EIO);
     setup.assert_mapped_is_shared("afterwards");
-    setup.vm.convert(0, GRANULE, Side::Private).unwrap();
+    common::convert(&setup.vm, 0..1, Side::Private).unwrap();
     setup.assert_mapped_is_shared("later");
 }
 
@@ -183,18 +183,9 @@ fn entries_are_blocks_where_they_became_shared_as_a_whole() {
     assert_eq!(entries()[..6], first[..]);
 
     // Filled up, 0..4 stays as it is, in granules; 12..20 comes at once.
-    setup
-        .vm
-        .convert(2 * GRANULE, 2 * GRANULE, Side::Shared)
-        .unwrap();
-    setup
-        .vm
-        .convert(12 * GRANULE, 9 * GRANULE, Side::Private)
-        .unwrap();
-    setup
-        .vm
-        .convert(11 * GRANULE, 10 * GRANULE, Side::Shared)
-        .unwrap();
+    common::convert(&setup.vm, 2..4, Side::Shared).unwrap();
+    common::convert(&setup.vm, 12..21, Side::Private).unwrap();
+    common::convert(&setup.vm, 11..21, Side::Shared).unwrap();
     let wanted = [0..1, 1..2, 2..3, 3..4, 4..5, 5..6, 6..7, 8..12];
     assert_eq!(entries()[..8], wanted);
     assert_eq!(entries()[8..11], [12..16, 16..20, 20..21]);
@@ -205,18 +196,9 @@ fn entries_are_blocks_where_they_became_shared_as_a_whole() {
         .vm
         .convert(11 * GRANULE, 0, Side::Private)
         .unwrap_err();
-    setup
-        .vm
-        .convert(15 * GRANULE, GRANULE, Side::Private)
-        .unwrap_err();
-    setup
-        .vm
-        .convert(12 * GRANULE, 9 * GRANULE, Side::Private)
-        .unwrap();
-    setup
-        .vm
-        .convert(GRANULE, 2 * GRANULE, Side::Private)
-        .unwrap();
+    common::convert(&setup.vm, 15..16, Side::Private).unwrap_err();
+    common::convert(&setup.vm, 12..21, Side::Private).unwrap();
+    common::convert(&setup.vm, 1..3, Side::Private).unwrap();
     setup.assert_mapped_is_shared("granules");
 }
 
@@ -266,12 +248,9 @@ fn a_listener_may_be_told_of_a_part() {
     });
     setup.region.add_listener(part.clone()).unwrap();
     assert_eq!(part.entries(), [8..12, 12..13, 13..14]);
-    setup
-        .vm
-        .convert(13 * GRANULE, 2 * GRANULE, Side::Private)
-        .unwrap();
+    common::convert(&setup.vm, 13..15, Side::Private).unwrap();
     assert_eq!(part.entries(), [8..12, 12..13]);
-    setup.vm.convert(GRANULE, GRANULE, Side::Private).unwrap();
+    common::convert(&setup.vm, 1..2, Side::Private).unwrap();
     setup.region.reset().unwrap();
     assert_eq!(part.mapped(), [8, 9, 10, 11, 12, 13]);
     setup.region.remove_listener(part.identity()).unwrap();

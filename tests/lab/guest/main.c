@@ -1257,6 +1257,12 @@ static bool dma_runs(void)
 	return *edu(EDU_DMA_COMMAND) & EDU_DMA_RUN;
 }
 
+static void dma_wait(void)
+{
+	while (dma_runs())
+		asm volatile("pause" : : : "memory");
+}
+
 static void dma_start(u64 addr, bool to_memory)
 {
 	*edu(EDU_DMA_SOURCE) = to_memory ? EDU_BUFFER : addr;
@@ -1268,8 +1274,7 @@ static void dma_start(u64 addr, bool to_memory)
 static void dma(u64 addr, bool to_memory)
 {
 	dma_start(addr, to_memory);
-	while (dma_runs())
-		asm volatile("pause" : : : "memory");
+	dma_wait();
 }
 
 /*
@@ -1327,8 +1332,7 @@ static void storm(u64 base, u64 count, u64 seed)
 		request(c, page, page + 1, 1);
 		device_step();
 	}
-	while (dma_runs())
-		asm volatile("pause" : : : "memory");
+	dma_wait();
 	for (u64 i = 0; i < STORM_PAGES; i += 2)
 		visit(c, i, "at-end");
 	churn_remarks(c);

@@ -11,8 +11,6 @@ use serde_json::Value;
 
 use super::Bar;
 use crate::Context;
-use crate::lab::Lab;
-use crate::protocol::Event;
 use crate::qemu::Line;
 
 const MIB: u64 = 1 << 20;
@@ -114,26 +112,14 @@ enum Trace {
 }
 
 pub fn run(cx: &Context, line: Option<Line>, limit: Duration) -> Result<Figures> {
-    let lab = Lab::prepare(cx, line)?;
-    let mut said = Vec::new();
-    let mut problems = Vec::new();
-    lab.boot(cx, "bench", "lab.bench", limit, |event| match event {
-        Event::Log(line) => eprintln!("{line}"),
-        Event::Bench(value) => said.push(value),
-        Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
-    })?;
-    match problems.pop() {
-        Some(problem) => bail!(problem),
-        None => Figures::new(said),
-    }
+    Figures::new(super::told_by_lab(cx, line, limit, "lab.bench")?)
 }
 
 /// Median and quartiles.
-struct Spread([f64; 3]);
+pub struct Spread([f64; 3]);
 
 impl Spread {
-    fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let at = |quarters: usize| {
@@ -143,7 +129,7 @@ impl Spread {
         Self([at(1), at(2), at(3)])
     }
 
-    fn median(&self) -> f64 {
+    pub fn median(&self) -> f64 {
         self.0[1]
     }
 }

@@ -10,12 +10,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Context;
+use crate::lab::Lab;
+use crate::protocol::Event;
 use crate::qemu::Line;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -23,6 +25,27 @@ pub enum Part {
     Tracking,
     Lab,
     Vfio,
+}
+
+/// The figures that the lab told, started for `lab.bench` or what else `option` says.
+fn told_by_lab(
+    cx: &Context,
+    line: Option<Line>,
+    limit: Duration,
+    option: &str,
+) -> Result<Vec<Value>> {
+    let lab = Lab::prepare(cx, line)?;
+    let (mut told, mut problems) = (Vec::new(), Vec::new());
+    lab.boot(cx, "bench", option, limit, |event| match event {
+        Event::Log(line) => eprintln!("{line}"),
+        Event::Bench(value) => told.push(value),
+        Event::Error(error) => problems.push(error),
+        Event::Test(_) | Event::Demo(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
+    })?;
+    match problems.pop() {
+        Some(problem) => bail!(problem),
+        None => Ok(told),
+    }
 }
 
 /// What a figure has to reach.

@@ -4,13 +4,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::lab::Spread;
 use crate::Context;
-use crate::lab::Lab;
-use crate::protocol::Event;
 use crate::qemu::Line;
 
 const QEMU: &str = "qemu";
@@ -46,25 +45,14 @@ struct Held {
 }
 
 pub fn run(cx: &Context, line: Option<Line>, limit: Duration) -> Result<Figures> {
-    let lab = Lab::prepare(cx, line)?;
-    let (mut about, mut rows, mut problems) = (Value::Null, Vec::new(), Vec::new());
-    lab.boot(cx, "bench", "lab.bench=vfio", limit, |event| match event {
-        Event::Log(line) => eprintln!("{line}"),
-        Event::Bench(mut value) => match value.get_mut("vfio").map(Value::take) {
-            Some(row) => rows.push(row),
-            None => about = value,
-        },
-        Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
-    })?;
-    if let Some(problem) = problems.pop() {
-        bail!(problem);
+    let (mut about, mut rows) = (Value::Null, Vec::new());
+    for mut told in super::told_by_lab(cx, line, limit, "lab.bench=vfio")? {
+        match told.get_mut("vfio").map(Value::take) {
+            Some(row) => rows.push(serde_json::from_value(row)?),
+            None => about = told,
+        }
     }
-    let rows = rows.into_iter().map(serde_json::from_value);
-    Ok(Figures {
-        about,
-        rows: rows.collect::<serde_json::Result<_>>()?,
-    })
+    Ok(Figures { about, rows })
 }
 
 impl Figures {
@@ -117,9 +105,7 @@ impl Figures {
         let ratios = qemus
             .zip(ours)
             .map(|(qemu, ours)| of(qemu) as f64 / of(ours) as f64);
-        let mut ratios: Vec<_> = ratios.collect();
-        ratios.sort_by(f64::total_cmp);
-        ratios.get(ratios.len() / 2).copied().unwrap_or(f64::NAN)
+        Spread::of(ratios).median()
     }
 }
 

@@ -104,13 +104,14 @@ impl Way {
         ))
     }
 
+    fn device(&self) -> Result<String> {
+        let (host, property) = (assignable()?, self.property);
+        Ok(format!("-device vfio-pci,host={host},addr=5{property}"))
+    }
+
     fn launch(&self, lab: &Lab, ram: u64, properties: &str) -> Result<Launch> {
-        let host = host::assignable()?.map_err(anyhow::Error::msg)?;
         let launch = self.without_device(lab, ram, properties, "q35");
-        Ok(launch.with(&format!(
-            "-device vfio-pci,host={host},addr=5{}",
-            self.property
-        )))
+        Ok(launch.with(&self.device()?))
     }
 
     fn start(&self, lab: &Lab) -> Result<Machine> {
@@ -120,6 +121,11 @@ impl Way {
     fn pinned(&self, machine: &Machine) -> Result<u64> {
         host::status_bytes(machine.pid(), self.pinned)
     }
+}
+
+/// Scenarios run only where there is one.
+fn assignable() -> Result<String> {
+    host::assignable()?.map_err(anyhow::Error::msg)
 }
 
 /// How many of `limit` mappings of type 1 are used.
@@ -137,6 +143,12 @@ fn started(launch: Launch) -> Result<Machine> {
 fn copy(machine: &mut Machine, from: u64, to: u64) -> Result<()> {
     machine.ask_ok(&format!("dma read {from:#x}"))?;
     machine.ask_ok(&format!("dma write {to:#x}"))
+}
+
+/// The device copies a page that was filled with `seed`, and it arrives.
+fn arrives(machine: &mut Machine, from: u64, to: u64, seed: u64) -> Result<()> {
+    copy(machine, from, to)?;
+    machine.check_moved(to, from, 1, seed)
 }
 
 /// The device copies, `read` or `write`, until the kernel says that the IOMMU stopped it at this
@@ -190,12 +202,10 @@ fn dma(lab: &Lab, way: &Way) -> Result<()> {
     same_held(&machine.region("ram0")?, PAGE)?;
 
     // Neighbours can be reached all the while, and the page itself once it is shared again.
-    copy(&mut machine, SOURCE, TARGET + 2 * PAGE)?;
-    machine.check_moved(TARGET + 2 * PAGE, SOURCE, 1, 7)?;
+    arrives(&mut machine, SOURCE, TARGET + 2 * PAGE, 7)?;
     machine.check(TARGET + PAGE, 1, 8)?;
     machine.convert(TARGET + PAGE, 1, Shared)?;
-    copy(&mut machine, SOURCE, TARGET + PAGE)?;
-    machine.check_moved(TARGET + PAGE, SOURCE, 1, 7)?;
+    arrives(&mut machine, SOURCE, TARGET + PAGE, 7)?;
     same(way.pinned, way.pinned(&machine)?, all)?;
     machine.finish()
 }
@@ -236,10 +246,16 @@ fn refused(
 ) -> Result<()> {
     let ret = machine.hypercall(addr, pages, to)?;
     same("what the guest got", ret, -i64::from(errno))?;
-    let command = "query-private-memory-failed-conversions";
-    let told = machine.qmp.call(command, json!({}))?.to_string();
-    ensure!(told.contains(why), "no '{why}' in: {told}");
+    let told = machine.failed_conversions()?;
+    let is_told = told.iter().any(|error| error.contains(why));
+    ensure!(is_told, "no '{why}' in: {told:?}");
     Ok(())
+}
+
+/// A part of what is one mapping cannot be made private.
+fn part_is_refused(machine: &mut Machine, addr: u64, pages: u64) -> Result<()> {
+    const WHY: &str = "one mapping, which cannot be split";
+    refused(machine, (addr, pages, Private), libc::EBUSY, WHY)
 }
 
 /// Where the kernel has fewer mappings than there are pages, they are of 2 MiB where all of that
@@ -261,17 +277,10 @@ fn entry_limit(lab: &Lab) -> Result<()> {
     ensure!(pinned >= RAM - PAGE, "only {pinned} bytes are pinned");
 
     machine.fill(BASE, 512, 7)?;
-    let part = (BASE + 3 * PAGE, 2, Private);
-    refused(
-        &mut machine,
-        part,
-        libc::EBUSY,
-        "one mapping, which cannot be split",
-    )?;
+    part_is_refused(&mut machine, BASE + 3 * PAGE, 2)?;
     same("private", machine.region("ram0")?.private, 0)?;
     machine.check(BASE, 512, 7)?;
-    copy(&mut machine, BASE + 3 * PAGE, BASE + PAGE)?;
-    machine.check_moved(BASE + PAGE, BASE + 3 * PAGE, 1, 7)?;
+    arrives(&mut machine, BASE + 3 * PAGE, BASE + PAGE, 7)?;
 
     machine.convert(BASE, 512, Private)?;
     machine.fill(BASE, 512, 8)?;
@@ -319,8 +328,7 @@ fn entries_run_out(lab: &Lab) -> Result<()> {
     machine.convert(BASE + 1024 * PAGE, free - 16, Shared)?;
     machine.convert(BASE, 512, Private)?;
     machine.convert(BASE + 2048 * PAGE, 512, Shared)?;
-    copy(&mut machine, BASE + 1023 * PAGE, BASE + 2048 * PAGE)?;
-    machine.check_moved(BASE + 2048 * PAGE, BASE + 1023 * PAGE, 1, 7)?;
+    arrives(&mut machine, BASE + 1023 * PAGE, BASE + 2048 * PAGE, 7)?;
     machine.finish()
 }
 
@@ -341,10 +349,8 @@ fn large_guest(lab: &Lab, way: &Way, size: u64) -> Result<()> {
     }
     machine.convert(near, 3, Shared)?;
     machine.fill(POOL, 1, 7)?;
-    copy(&mut machine, POOL, POOL + size - PAGE)?;
-    machine.check_moved(POOL + size - PAGE, POOL, 1, 7)?;
-    copy(&mut machine, POOL, near + PAGE)?;
-    machine.check_moved(near + PAGE, POOL, 1, 7)?;
+    arrives(&mut machine, POOL, POOL + size - PAGE, 7)?;
+    arrives(&mut machine, POOL, near + PAGE, 7)?;
     machine.convert(near + PAGE, 1, Private)?;
     stopped(&mut machine, "write", near + PAGE)?;
     copy(&mut machine, POOL, near + 2 * PAGE)?;
@@ -375,25 +381,17 @@ fn huge_pages(lab: &Lab, way: &Way) -> Result<()> {
         let used = used(&machine, LIMIT)?;
         ensure!(used < RAM / BLOCK + SMALL, "{used} entries");
     }
-    let part = (BASE, 511, Private);
-    refused(
-        &mut machine,
-        part,
-        libc::EBUSY,
-        "one mapping, which cannot be split",
-    )?;
+    part_is_refused(&mut machine, BASE, 511)?;
     machine.fill(BASE, 1, 7)?;
     machine.convert(BASE + BLOCK, 512, Private)?;
     same("mappings", host::iommu_mappings()?, mappings - 1)?;
     same("free huge pages", pool.free()?, 1)?;
     same(way.pinned, way.pinned(&machine)?, all - BLOCK)?;
     stopped(&mut machine, "write", BASE + BLOCK)?;
-    copy(&mut machine, BASE, BASE + 511 * PAGE)?;
-    machine.check_moved(BASE + 511 * PAGE, BASE, 1, 7)?;
+    arrives(&mut machine, BASE, BASE + 511 * PAGE, 7)?;
     machine.convert(BASE + BLOCK, 512, Shared)?;
     same("mappings", host::iommu_mappings()?, mappings)?;
-    copy(&mut machine, BASE, BASE + BLOCK + PAGE)?;
-    machine.check_moved(BASE + BLOCK + PAGE, BASE, 1, 7)?;
+    arrives(&mut machine, BASE, BASE + BLOCK + PAGE, 7)?;
     machine.finish()
 }
 
@@ -411,8 +409,7 @@ fn clings(lab: &Lab, way: &Way) -> Result<()> {
     same("private", machine.region("ram0")?.private, 0)?;
     same(way.pinned, way.pinned(&machine)?, pinned)?;
     machine.check(BASE, 4, 7)?;
-    copy(&mut machine, BASE, BASE + PAGE)?;
-    machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
+    arrives(&mut machine, BASE, BASE + PAGE, 7)?;
     machine.convert(BASE, 2, Private)?;
     stopped(&mut machine, "write", BASE)?;
     machine.finish()
@@ -420,7 +417,7 @@ fn clings(lab: &Lab, way: &Way) -> Result<()> {
 
 /// The device comes and goes while the guest converts; the kernel keeps nothing of it.
 fn hotplug(lab: &Lab, way: &Way) -> Result<()> {
-    let host = host::assignable()?.map_err(anyhow::Error::msg)?;
+    let host = assignable()?;
     let mut machine = way
         .without_device(lab, RAM, "", "pc")
         .with(OUR_GUEST)
@@ -448,8 +445,7 @@ fn hotplug(lab: &Lab, way: &Way) -> Result<()> {
         machine.convert(BASE, 8, Private)?;
         machine.convert(BASE, 4, Shared)?;
         machine.fill(BASE, 1, 7)?;
-        copy(&mut machine, BASE, BASE + PAGE)?;
-        machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
+        arrives(&mut machine, BASE, BASE + PAGE, 7)?;
         stopped(&mut machine, "write", BASE + 5 * PAGE)?;
         machine.convert(BASE, 8, Shared)?;
 
@@ -482,8 +478,7 @@ fn remap(lab: &Lab, way: &Way) -> Result<()> {
         "{all} bytes were pinned, now {after}"
     );
     machine.fill(BASE, 1, 7)?;
-    copy(&mut machine, BASE, BASE + PAGE)?;
-    machine.check_moved(BASE + PAGE, BASE, 1, 7)?;
+    arrives(&mut machine, BASE, BASE + PAGE, 7)?;
     machine.finish()
 }
 
@@ -497,15 +492,11 @@ fn reset_and_end(lab: &Lab, way: &Way) -> Result<()> {
         let all = way.pinned(&machine)?;
         machine.convert(BASE, 64, Private)?;
         machine.fill(BASE, 64, 7)?;
-        machine.qmp.call("system_reset", json!({}))?;
-        machine.line("the guest after the reset", |line| {
-            line.starts_with("guest ready")
-        })?;
+        machine.reset()?;
         machine.ask_ok("assign")?;
         same(way.pinned, way.pinned(&machine)?, all)?;
         machine.fill(BASE, 1, 8)?;
-        copy(&mut machine, BASE, BASE + PAGE)?;
-        machine.check_moved(BASE + PAGE, BASE, 1, 8)?;
+        arrives(&mut machine, BASE, BASE + PAGE, 8)?;
         machine.convert(BASE + PAGE, 1, Private)?;
         ensure!(host::iommu_held()? != held, "the IOMMU holds nothing");
         match is_killed {
@@ -539,8 +530,7 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
     machine.convert(BASE, 16, Shared)?;
     machine.check_zero(BASE, 16)?;
     machine.fill(BASE, 1, 5)?;
-    copy(&mut machine, BASE, BASE + 15 * PAGE)?;
-    machine.check_moved(BASE + 15 * PAGE, BASE, 1, 5)?;
+    arrives(&mut machine, BASE, BASE + 15 * PAGE, 5)?;
     still_converts(&mut machine)?;
     machine.finish()
 }
@@ -549,12 +539,8 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
 /// nothing. Its loader takes parts of 2 MiB, so that type 1 must have a mapping for each page.
 fn private_linux(lab: &Lab, way: &Way) -> Result<()> {
     let _limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", 2 * LIMIT)?;
-    let host = host::assignable()?.map_err(anyhow::Error::msg)?;
-    let device = format!(
-        "{} -device vfio-pci,host={host},addr=5{}",
-        way.object, way.property
-    );
-    let mut linux = Linux::private(lab, &device)?;
+    let devices = format!("{} {}", way.object, way.device()?);
+    let mut linux = Linux::private(lab, &devices)?;
     let info = linux.is_private()?;
     same("failed-conversions", info.failed_conversions, 0)?;
     let pinned = way.pinned(&linux.machine)?;
@@ -603,14 +589,13 @@ fn measure(
     way: &Way,
     &(name, guest, backend, by_page): &(&str, &str, &str, bool),
 ) -> Result<Value> {
-    let host = host::assignable()?.map_err(anyhow::Error::msg)?;
     let mut machine = started(Launch::kvm(lab).with(way.object).with(&format!(
         "-smp 1 -m 64M -object sw-protected-guest,id=cgs0{guest} \
          -object memory-backend-{backend},id=ram0,size=64M \
          -blockdev driver=file,node-name=rom,filename=/guest/guest.bin,read-only=on \
          -machine q35,smm=off,confidential-guest-support=cgs0,memory-backend=ram0,pflash0=rom \
-         -device vfio-pci,host={host},addr=5{}",
-        way.property
+         {}",
+        way.device()?
     )))?;
     let figures = |machine: &Machine| -> Result<Value> {
         Ok(json!({

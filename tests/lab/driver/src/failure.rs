@@ -214,10 +214,7 @@ fn reset(machine: &mut Machine) -> Result<()> {
     machine.qmp.call("system_reset", json!({}))?;
     machine.qmp.event("RESET")?;
     machine.qmp.call("cont", json!({}))?;
-    machine.line("the guest's first line after the reset", |line| {
-        line.starts_with("guest ready")
-    })?;
-    Ok(())
+    machine.ready()
 }
 
 // ---- page frames ----

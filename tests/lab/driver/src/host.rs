@@ -233,29 +233,40 @@ pub fn store_mappings_of(pid: u32) -> Result<usize> {
     Ok(maps.lines().filter(of_store).count())
 }
 
-/// What a process has of anonymous memory, such as its heap.
-pub fn anonymous_bytes(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).context(path.clone())?;
-    let kib = text
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB"))
-        .with_context(|| format!("no RssAnon in {path}"))?;
-    Ok(kib.parse::<u64>()? << 10)
-}
-
 /// A figure of a NUMA node in bytes, as /sys/devices/system/node/nodeN/meminfo names it. FilePages
 /// counts the pages of memfds and guest_memfds alike. The kernel adds up what each CPU counted only
 /// now and then: expect figures to be some 100 KiB behind.
 pub fn node_bytes(node: u32, figure: &str) -> Result<u64> {
-    let path = format!("/sys/devices/system/node/node{node}/meminfo");
-    let text = fs::read_to_string(&path).context(path.clone())?;
+    kib_in(
+        &format!("/sys/devices/system/node/node{node}/meminfo"),
+        figure,
+    )
+}
+
+/// A figure of a process in bytes, as /proc/PID/status names it.
+pub fn status_bytes(pid: u32, figure: &str) -> Result<u64> {
+    kib_in(&format!("/proc/{pid}/status"), figure)
+}
+
+/// The bytes of a line such as `FIGURE: 8 kB`, which may have words before it.
+fn kib_in(path: &str, figure: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).context(path.to_owned())?;
     let kib = text
         .lines()
-        .find_map(|line| line.split_once(&format!(" {figure}:")))
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.split(' ').next_back() == Some(figure))
         .and_then(|(_, value)| value.trim().strip_suffix(" kB"))
         .with_context(|| format!("no {figure} in {path}"))?;
-    Ok(kib.parse::<u64>()? << 10)
+    Ok(kib.trim().parse::<u64>()? << 10)
+}
+
+/// The figure of a line such as `NAME 8`.
+fn figure_in(path: &str, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).context(path.to_owned())?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let line = lines.find(|(figure, _)| *figure == name);
+    let (_, value) = line.with_context(|| format!("no {name} in {path}"))?;
+    Ok(value.parse()?)
 }
 
 /// Does `work` with memory of one node only, as far as this thread asks for it.
@@ -339,12 +350,7 @@ impl ControlGroup {
 
     /// One of the figures of a file that has a line for each, such as memory.stat.
     pub fn figure(&self, file: &str, name: &str) -> Result<u64> {
-        let path = format!("{}/{file}", self.path);
-        let text = fs::read_to_string(&path).context(path.clone())?;
-        let mut lines = text.lines().filter_map(|line| line.split_once(' '));
-        let value = lines.find(|(figure, _)| *figure == name);
-        let (_, value) = value.with_context(|| format!("no {name} in {path}"))?;
-        Ok(value.parse()?)
+        figure_in(&format!("{}/{file}", self.path), name)
     }
 
     /// What it is charged for private memory: of files in memory, all but the memfds.
@@ -480,27 +486,9 @@ pub fn iommu_mappings() -> Result<u64> {
 pub fn iommu_held() -> Result<[u64; 3]> {
     // Has each CPU's part added.
     write_file("/proc/sys/vm/stat_refresh", 1)?;
-    let text = fs::read_to_string("/proc/vmstat")?;
-    let figure = |name: &str| -> Result<u64> {
-        let mut lines = text.lines().filter_map(|line| line.split_once(' '));
-        let line = lines.find(|(figure, _)| *figure == name);
-        let (_, value) = line.with_context(|| format!("no {name} in /proc/vmstat"))?;
-        Ok(value.parse()?)
-    };
+    let figure = |name: &str| figure_in("/proc/vmstat", name);
     let pinned = figure("nr_foll_pin_acquired")? - figure("nr_foll_pin_released")?;
     Ok([iommu_mappings()?, figure("nr_iommu_pages")?, pinned])
-}
-
-/// A figure of a process in bytes, as /proc/PID/status names it.
-pub fn status_bytes(pid: u32, figure: &str) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).context(path.clone())?;
-    let kib = text
-        .lines()
-        .find_map(|line| line.strip_prefix(figure)?.strip_prefix(':'))
-        .and_then(|value| value.trim().strip_suffix(" kB"))
-        .with_context(|| format!("no {figure} in {path}"))?;
-    Ok(kib.trim().parse::<u64>()? << 10)
 }
 
 /// A parameter of a module, put back on drop.

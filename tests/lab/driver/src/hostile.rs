@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::machine::{Extent, Launch, Machine, OUR_GUEST, PAGE, PRIVATE, Side, joined};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{
-    BASE, RAM, Scenario, fds_come_back, object_add, reset, same, same_extents, same_held,
+    BASE, DIMM, RAM, Scenario, fds_come_back, object_add, reset, same, same_extents, same_held,
 };
 use crate::{Lab, bench, host, report};
 
@@ -31,7 +31,6 @@ const UNTIL_RESET: u64 = 1_000_000;
 const PAGES: u64 = 32;
 const OWN: u64 = 201;
 const OWN_BASE: u64 = BASE - OWN * PAGE;
-const DIMM: u64 = 128 << 20;
 const DIMM_BASE: u64 = 4 << 30;
 /// By how much QEMU's own memory may differ from one moment to another. Had each of 500,000 requests
 /// lost the least that malloc() gives, 32 bytes, it would be twice that.
@@ -120,7 +119,7 @@ impl Possessions {
             fds: host::fds_of(pid)?,
             mappings: host::store_mappings_of(pid)?,
             shared_held: info.shared_held,
-            heap: host::anonymous_bytes(pid)?,
+            heap: host::status_bytes(pid, "RssAnon")?,
         })
     }
 
@@ -205,12 +204,9 @@ fn attack(machine: &mut Machine, requests: u64) -> Result<Answers> {
 
 /// What the monitor tells of the last refusals.
 fn check_reasons(machine: &mut Machine) -> Result<()> {
-    let command = "query-private-memory-failed-conversions";
-    let failed = machine.qmp.call(command, json!({}))?;
-    let failed = failed.as_array().context("a list")?;
-    ensure!(!failed.is_empty(), "{command}: there is none");
-    for error in failed.iter().map(|failed| failed["error"].as_str()) {
-        let error = error.context("an error")?;
+    let errors = machine.failed_conversions()?;
+    ensure!(!errors.is_empty(), "the monitor tells of no refusal");
+    for error in errors {
         ensure!(
             REASONS.iter().any(|reason| error.contains(reason)),
             "not a documented reason to refuse: {error}"

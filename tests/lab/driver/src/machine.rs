@@ -106,9 +106,7 @@ impl Launch {
     /// Starts our guest and waits until it takes commands.
     pub fn start_guest(self) -> Result<Machine> {
         let mut machine = self.start()?;
-        machine.line("the guest's first line", |line| {
-            line.starts_with("guest ready")
-        })?;
+        machine.ready()?;
         Ok(machine)
     }
 
@@ -270,6 +268,18 @@ pub struct Machine {
 impl Machine {
     pub fn pid(&self) -> u32 {
         self.process.child.id()
+    }
+
+    /// Waits until our guest takes commands.
+    pub fn ready(&mut self) -> Result<()> {
+        let is_first = |line: &str| line.starts_with("guest ready");
+        self.line("the guest's first line", is_first).map(drop)
+    }
+
+    /// The operator's reset, after which our guest has begun anew.
+    pub fn reset(&mut self) -> Result<()> {
+        self.qmp.call("system_reset", json!({}))?;
+        self.ready()
     }
 
     /// Waits for a line on the serial console.
@@ -477,6 +487,16 @@ impl Machine {
         let answer = self.qmp.call("query-private-memory", json!({}))?;
         serde_json::from_value(answer.clone())
             .with_context(|| format!("query-private-memory: {answer}"))
+    }
+
+    /// Why the last requests to convert memory failed.
+    pub fn failed_conversions(&mut self) -> Result<Vec<String>> {
+        let command = "query-private-memory-failed-conversions";
+        let failed = self.qmp.call(command, json!({}))?;
+        let errors = failed.as_array().into_iter().flatten();
+        let errors = errors.map(|failed| Some(failed["error"].as_str()?.to_owned()));
+        let errors: Option<_> = errors.collect();
+        errors.with_context(|| format!("{command}: {failed}"))
     }
 
     pub fn region(&mut self, id: &str) -> Result<PrivateMemory> {

@@ -64,10 +64,7 @@ fn initial_state_private(lab: &Lab) -> Result<()> {
         machine.check(BASE, 1, 7)?;
         machine.check(BASE + 3 * PAGE, 5, 7)?;
         if boot == "the start" {
-            machine.qmp.call("system_reset", json!({}))?;
-            machine.line("the guest's first line after the reset", |line| {
-                line.starts_with("guest ready")
-            })?;
+            machine.reset()?;
         }
     }
     machine.finish()

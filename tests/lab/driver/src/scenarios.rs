@@ -899,10 +899,7 @@ fn slots_change(lab: &Lab) -> Result<()> {
 
 /// Resets the machine; all its memory must be shared when the guest is there again.
 pub fn reset(machine: &mut Machine) -> Result<()> {
-    machine.qmp.call("system_reset", json!({}))?;
-    machine.line("the guest's first line after the reset", |line| {
-        line.starts_with("guest ready")
-    })?;
+    machine.reset()?;
     let info = machine.region("ram0")?;
     same("private after the reset", info.private, 0)?;
     same("shared after the reset", info.shared, RAM)?;
