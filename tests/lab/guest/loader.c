@@ -256,10 +256,11 @@ static void add_pointer(const char *name, const char *target, u32 offset, u8 siz
 static void add_checksum(const char *name, u32 offset, u32 start, u32 length)
 {
 	const u8 *p = (const u8 *)place(name, start, length);
-	u8 *sum = (u8 *)place(name, offset, 1);
+	u8 sum = 0;
 
 	while (length--)
-		*sum -= *p++;
+		sum += *p++;
+	*(u8 *)place(name, offset, 1) -= sum;	/* which lies among what was summed */
 }
 
 static void obey(struct command *c)
