@@ -21,8 +21,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::private_linux("private-linux-balloon", balloon).since(MAPS),
         Scenario::private_linux("private-linux-free-pages", free_pages).since(MAPS),
         Scenario::private_linux("private-linux-dimm", dimm),
-        Scenario::private_linux("private-linux-reboots", |lab| reboots(lab, 3)),
-        Scenario::private_linux("private-linux-20-reboots", |lab| reboots(lab, 20)).on_request(),
+        Scenario::private_linux("private-linux-reboots", reboots),
     ]
 }
 
@@ -92,14 +91,15 @@ fn mappings(pid: u32) -> Result<usize> {
 }
 
 /// Each boot is like the first one, whoever asked for it, and leaves nothing behind.
-fn reboots(lab: &Lab, count: u32) -> Result<()> {
+fn reboots(lab: &Lab) -> Result<()> {
+    const COUNT: u32 = 20;
     let mut linux = Linux::private(lab, "")?;
     let reset = json!({"reboot": "reset"}); // and not the end, as other tests have it
     linux.machine.qmp.call("set-action", reset)?;
     linux.reboot()?;
     let first = Possessions::of(&mut linux)?;
     first.tell("after the first reboot");
-    for i in 2..=count {
+    for i in 2..=COUNT {
         use_memory(&mut linux, "12")?;
         let used = linux.memory()?.private_held.context("private-held")?;
         ensure!(

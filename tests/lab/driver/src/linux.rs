@@ -34,13 +34,13 @@ pub fn missing() -> Option<&'static str> {
 /// All that KVM would write into a guest's memory by itself is off. Two vCPUs work as well, in twice
 /// the time, as there is one emulated CPU for both.
 const LINUX: &str = "-smp 1 -bios /guest/loader.bin \
-    -cpu host,-kvmclock,-kvm-pv-eoi,-kvm-steal-time,-kvm-asyncpf,-kvm-asyncpf-int \
+    -cpu host,-svm,-kvmclock,-kvm-pv-eoi,-kvm-steal-time,-kvm-asyncpf,-kvm-asyncpf-int \
     -fw_cfg name=opt/privmem/kernel,file=/guest/vmlinux \
-    -fw_cfg name=opt/privmem/initrd,file=/guest/initrd.gz -fw_cfg";
+    -fw_cfg name=opt/privmem/initrd,file=/guest/initrd -fw_cfg";
 /// The pool is 8 MiB: the block layer asks for up to 4 MiB at once, and waits for ever where that
 /// does not fit.
 const COMMAND_LINE: &str = "name=opt/privmem/cmdline,string=console=ttyS0 quiet panic=-1 \
-    rdinit=/shell driven=1 i8042.noaux=1 private_guest swiotlb=4096,,force";
+    rdinit=/shell driven=1 private_guest swiotlb=4096,,force";
 
 /// On an emulated CPU Linux fails to calibrate its TSC, and then asks QEMU's HPET for the time, again and
 /// again, which takes half of the time. So it is told.
@@ -52,9 +52,8 @@ fn command_line() -> Result<String> {
 /// The same Linux in memory that the host has, too.
 const PLAIN_LINUX: &str = "-smp 1 -m 256M -object memory-backend-memfd,id=ram0,size=256M \
     -machine q35,memory-backend=ram0 \
-    -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd.gz -append";
-const PLAIN_COMMAND_LINE: &str =
-    "console=ttyS0 quiet panic=-1 rdinit=/shell driven=1 i8042.noaux=1";
+    -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd -append";
+const PLAIN_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 rdinit=/shell driven=1";
 
 /// What a device needs that is to use the pool.
 const DEVICE: &str = "disable-legacy=on,iommu_platform=on";

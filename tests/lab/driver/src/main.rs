@@ -125,7 +125,6 @@ fn run_tests(lab: &Lab, names: &str) -> Result<()> {
     if names.split(',').any(|name| name == "all") {
         scenarios
             .iter()
-            .filter(|scenario| !scenario.on_request)
             .for_each(|scenario| run_scenario(lab, scenario));
         conformance::all()?
             .iter()

@@ -33,8 +33,6 @@ pub struct Scenario {
     pub needs_private_linux: bool,
     /// The oldest kernel that will do.
     pub needs_kernel: (u32, u32),
-    /// Whether it runs only when it is named: it takes its time.
-    pub on_request: bool,
     /// Whether there must be a device that can be assigned.
     pub needs_assignable: bool,
     test: Test,
@@ -55,7 +53,6 @@ impl Scenario {
             needs_guest: None,
             needs_private_linux: false,
             needs_kernel: (0, 0),
-            on_request: false,
             needs_assignable: false,
             test: Test::Function(function),
         }
@@ -86,14 +83,6 @@ impl Scenario {
     pub const fn since(self, needs_kernel: (u32, u32)) -> Scenario {
         Scenario {
             needs_kernel,
-            ..self
-        }
-    }
-
-    /// Not one of those that run when all do.
-    pub const fn on_request(self) -> Scenario {
-        Scenario {
-            on_request: true,
             ..self
         }
     }
@@ -137,7 +126,6 @@ pub fn all() -> Vec<Scenario> {
         needs_guest: None,
         needs_private_linux: false,
         needs_kernel: (0, 0),
-        on_request: false,
         needs_assignable: false,
         test: Test::Refusal(refusal),
     });
@@ -1357,15 +1345,12 @@ fn address_space(pid: u32) -> Result<u64> {
     Ok(pages * PAGE)
 }
 
-/// An ordinary Linux in shared memory only, from start to power off. (Looking for a mouse on the
-/// emulated i8042 takes it half a minute here, so it does not look.)
+/// An ordinary Linux in shared memory only, from start to power off.
 fn linux_guest(lab: &Lab) -> Result<()> {
     let mut machine = Launch::kvm(lab)
         .with(PRIVATE)
-        .with(
-            "-no-shutdown -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd.gz -append",
-        )
-        .arg("console=ttyS0 lab.role=guest quiet panic=-1 i8042.noaux=1")
+        .with("-no-shutdown -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd -append")
+        .arg("console=ttyS0 lab.role=guest quiet panic=-1")
         .start()?;
     let hello = machine.line("Linux's first words", |line| {
         line.starts_with("guest-linux ")
