@@ -19,6 +19,7 @@ use crate::secrets::{self, Found, Secrets};
 pub fn all() -> Vec<Scenario> {
     vec![
         Scenario::private_linux("private-linux", private_linux),
+        Scenario::private_linux("private-linux-two-vcpus", two_vcpus),
         Scenario::private_linux("private-linux-disk", disk),
         Scenario::private_linux("private-linux-network", network),
         Scenario::private_linux("private-linux-secrets", secrets),
@@ -31,8 +32,8 @@ pub fn missing() -> Option<&'static str> {
     (!there).then_some("the lab's kernel was built without CONFIG_PRIVATE_GUEST")
 }
 
-/// All that KVM would write into a guest's memory by itself is off. Two vCPUs work as well, in twice
-/// the time, as there is one emulated CPU for both.
+/// All that KVM would write into a guest's memory by itself is off. One vCPU, as there may be one
+/// emulated CPU only.
 const LINUX: &str = "-smp 1 -bios /guest/loader.bin \
     -cpu host,-svm,-kvmclock,-kvm-pv-eoi,-kvm-steal-time,-kvm-asyncpf,-kvm-asyncpf-int \
     -fw_cfg name=opt/privmem/kernel,file=/guest/vmlinux \
@@ -284,6 +285,20 @@ fn private_linux(lab: &Lab) -> Result<()> {
     );
     same("private", after.private, before.private)?;
     same("private and shared", after.private + after.shared, RAM)?;
+    linux.finish()
+}
+
+/// Both see the same memory.
+fn two_vcpus(lab: &Lab) -> Result<()> {
+    let mut linux = Linux::private(lab, "-smp 2")?;
+    linux.run("dd if=/dev/urandom of=/tmp/x bs=1M count=16")?;
+    let sums = linux.run(
+        "taskset 1 sha256sum /tmp/x > /tmp/0 & taskset 2 sha256sum /tmp/x > /tmp/1; wait; cat /tmp/0 /tmp/1",
+    )?;
+    let sums: Vec<_> = sums.lines().map(checksum).collect();
+    same("checksums", sums.len(), 2)?;
+    same("what both see", &sums[0], &sums[1])?;
+    linux.is_private()?;
     linux.finish()
 }
 

@@ -191,7 +191,7 @@ impl Process {
         let stderr = thread::spawn(move || {
             let mut text = String::new();
             each_line(stderr, |line| {
-                println!("  qemu: {line}");
+                println!("qemu: {line}");
                 text.push_str(&line);
                 text.push('\n');
             });
