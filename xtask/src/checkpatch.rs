@@ -69,7 +69,7 @@ impl Report {
 pub fn suite(cx: &Context, line: Line) -> Result<Tally> {
     let pristine = qemu::pristine(cx, line)?;
     let mut tally = Tally::default();
-    for series in [qemu::series(cx, line)?, qemu::lab_series(cx)?] {
+    for series in [qemu::series(cx, line)?, qemu::lab_series(cx, line)?] {
         check_series(&mut tally, &pristine, &series)?;
     }
     Ok(tally)

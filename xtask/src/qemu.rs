@@ -166,7 +166,7 @@ impl Kind<'_> {
 
     fn series(self, cx: &Context, line: Line) -> Result<Vec<Step>> {
         match self {
-            Self::Outer => lab_series(cx),
+            Self::Outer => lab_series(cx, line),
             _ => series(cx, line),
         }
     }
@@ -334,13 +334,19 @@ fn build_tree(cx: &Context, line: Line, tree: Tree, kind: Kind, targets: &[&str]
 /// The patches of a line with the new files that come with each.
 pub fn series(cx: &Context, line: Line) -> Result<Vec<Step>> {
     let patches = cx.root.join("qemu-patches");
-    tree::series(&patches.join(line.name()), &patches.join("files"))
+    tree::series(&patches.join(line.name()), Some(&patches.join("files")))
 }
 
-/// The patches of the lab's outer machine, which are the same for every line.
-pub fn lab_series(cx: &Context) -> Result<Vec<Step>> {
+/// The patches of the lab's outer machine: those for every line, and those that a line has for
+/// itself.
+pub fn lab_series(cx: &Context, line: Line) -> Result<Vec<Step>> {
     let patches = cx.root.join("qemu-patches/lab");
-    tree::series(&patches, &patches.join("files"))
+    let mut steps = tree::series(&patches, Some(&patches.join("files")))?;
+    let own = patches.join(line.name());
+    if own.exists() {
+        steps.append(&mut tree::series(&own, None)?);
+    }
+    Ok(steps)
 }
 
 /// The source of a line as it was fetched; only to be read.
@@ -738,10 +744,11 @@ mod tests {
                 .find(|row| row.starts_with(&format!("| {line} |")))
                 .with_context(|| format!("there is no row for {line}"))?;
             let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
-            let hooks: String = tree::series(&patches.join(line.name()), &patches.join("files"))?
-                .iter()
-                .map(|step| fs::read_to_string(&step.patch))
-                .collect::<Result<_, _>>()?;
+            let hooks: String =
+                tree::series(&patches.join(line.name()), Some(&patches.join("files")))?
+                    .iter()
+                    .map(|step| fs::read_to_string(&step.patch))
+                    .collect::<Result<_, _>>()?;
             for (cell, file) in [(4, "tdx.c"), (5, "sev.c")] {
                 let hooked = hooks.contains(&format!("+++ b/target/i386/kvm/{file}"))
                     || hooks.contains(&format!("+++ b/target/i386/{file}"));

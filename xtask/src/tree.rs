@@ -31,11 +31,11 @@ pub struct Step {
 }
 
 /// The steps of a series in the order in which they apply. A new file below
-/// `files` comes with the first patch that names it, so that every part of the
+/// `files`, if there are any, comes with the first patch that names it, so that every part of the
 /// series has the files that it builds; one that none names, with the last.
-pub fn series(dir: &Path, files: &Path) -> Result<Vec<Step>> {
+pub fn series(dir: &Path, files: Option<&Path>) -> Result<Vec<Step>> {
     let text = read(&dir.join("series"))?;
-    let mut left = additions(files)?;
+    let mut left = files.map(additions).transpose()?.unwrap_or_default();
     let mut steps = Vec::new();
     for name in names(&text) {
         let patch = dir.join(name);
@@ -324,7 +324,7 @@ mod tests {
 
     fn bring_up(dir: &Path) -> Result<()> {
         let pristine = dir.join("pristine");
-        let overlay = Overlay::new(&pristine, &series(dir, &dir.join("files"))?)?;
+        let overlay = Overlay::new(&pristine, &series(dir, Some(&dir.join("files")))?)?;
         sync(
             &pristine,
             &overlay,
@@ -346,7 +346,7 @@ mod tests {
     fn new_files_come_with_the_patch_that_names_them() -> Result<()> {
         let dir = project()?;
         let files = dir.path().join("files");
-        let steps = series(dir.path(), &files)?;
+        let steps = series(dir.path(), Some(&files))?;
         let of = |step: &Step| step.additions.keys().cloned().collect::<Vec<_>>();
         assert_eq!(
             steps.iter().map(of).collect::<Vec<_>>(),
@@ -363,7 +363,7 @@ mod tests {
         }
 
         fs::write(files.join("stray"), "")?;
-        let steps = series(dir.path(), &files)?;
+        let steps = series(dir.path(), Some(&files))?;
         assert!(steps[0].additions.contains_key(Path::new("stray")));
         Ok(())
     }
@@ -372,7 +372,7 @@ mod tests {
     fn a_step_is_shown_as_git_shows_it() -> Result<()> {
         let dir = project()?;
         let pristine = dir.path().join("pristine");
-        let steps = series(dir.path(), &dir.path().join("files"))?;
+        let steps = series(dir.path(), Some(&dir.path().join("files")))?;
         let none = Overlay::new(&pristine, &[])?;
         let all = Overlay::new(&pristine, &steps)?;
         let shown = all.since(&none, &pristine)?;
