@@ -183,14 +183,19 @@ struct trap_frame {
 static struct gate idt[32];
 extern char trap_stubs[];
 
-static inline void load_idt(void)
+static inline void load_idt_of(const struct gate *gates, u16 size)
 {
 	struct __attribute__((packed)) {
 		u16 limit;
 		u64 base;
-	} pointer = { sizeof(idt) - 1, (u64)idt };
+	} pointer = { size - 1, (u64)gates };
 
 	asm volatile("lidt %0" : : "m"(pointer));
+}
+
+static inline void load_idt(void)
+{
+	load_idt_of(idt, sizeof(idt));
 }
 
 static inline void build_idt(void)

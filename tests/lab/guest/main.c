@@ -49,6 +49,8 @@
  *                                        it reads and writes all the time     -> storm ...
  *   machine-checks                       turn them on, on the boot CPU        -> ok
  *   machine-check                        how many there were, and the last    -> machine-check ...
+ *   events ADDR                          raise each kind of event, and use what
+ *                                        KVM serves; private pages at ADDR     -> events ... | bad ...
  *   eject SLOT                           q35: the DIMM may be unplugged       -> ok
  *   exit STATUS                          leave through isa-debug-exit
  */
@@ -1143,6 +1145,8 @@ static bool run_copy(u64 addr, const char *name)
 	return false;
 }
 
+#include "events.h"
+
 /* ---- a legacy virtio balloon in slot 4, the simplest of its kind ---- */
 
 enum {
@@ -1470,6 +1474,8 @@ static bool obey(char *word[], int n)
 		put("ok\n");
 	} else if (n == 1 && same(word[0], "machine-check")) {
 		put_machine_check();
+	} else if (n == 2 && same(word[0], "events")) {
+		events(a[0]);
 	} else if (n == 2 && same(word[0], "eject")) {
 		eject(a[0]);
 		put("ok\n");

@@ -67,7 +67,7 @@ struct Answers {
     refused: u64,
     /// How often the DIMM was plugged meanwhile.
     plugged: u64,
-    /// How long the longest request took; with one CPU, the other vCPU's turns included.
+    /// How long the longest request took; where the host is busy, its other work included.
     longest_ms: u64,
 }
 

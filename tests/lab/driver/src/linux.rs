@@ -32,8 +32,8 @@ pub fn missing() -> Option<&'static str> {
     (!there).then_some("the lab's kernel was built without CONFIG_PRIVATE_GUEST")
 }
 
-/// All that KVM would write into a guest's memory by itself is off. One vCPU, as there may be one
-/// emulated CPU only.
+/// All that KVM would write into a guest's memory by itself is off. One vCPU: Linux
+/// starts sooner, and what is tested here does not depend on how many there are.
 const LINUX: &str = "-smp 1 -bios /guest/loader.bin \
     -cpu host,-svm,-kvmclock,-kvm-pv-eoi,-kvm-steal-time,-kvm-asyncpf,-kvm-asyncpf-int \
     -fw_cfg name=opt/privmem/kernel,file=/guest/vmlinux \

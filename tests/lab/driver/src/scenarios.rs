@@ -143,6 +143,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("listener-refuses", listener_refuses),
         Scenario::new("hmp-info", hmp_info),
         Scenario::new("code-in-private-memory", code_in_private_memory),
+        Scenario::new("events-before-exits", events_before_exits),
         Scenario::new("two-objects-numa", two_objects_numa),
         Scenario::new("across-the-pci-hole", across_the_pci_hole),
         Scenario::new("two-vcpus-apart", two_vcpus_apart),
@@ -362,6 +363,21 @@ fn code_in_private_memory(lab: &Lab) -> Result<()> {
             .with_context(|| format!("the step {step}"))?;
         same("private", machine.region("ram0")?.private, PAGES * PAGE)?;
     }
+    machine.finish()
+}
+
+/// The guest handles exceptions and interrupts of all kinds by itself, some of them on a stack that
+/// is not there yet; what it does next is served. The emulated CPU once took that for an access
+/// while an event is delivered.
+fn events_before_exits(lab: &Lab) -> Result<()> {
+    const PAGES: u64 = 260;
+    let mut machine = Launch::private(lab).start_guest()?;
+    machine.convert(BASE, PAGES, Private)?;
+    same(
+        "reply",
+        machine.ask(&format!("events {BASE:#x}"))?.as_str(),
+        "events done=130",
+    )?;
     machine.finish()
 }
 
