@@ -16,6 +16,7 @@ typedef uint64_t u64;
 enum {
 	PAGE = 4096,
 	COM1 = 0x3f8,
+	UART_FIFO = 16,
 	DEBUG_EXIT = 0xf4,
 	PCI_ADDRESS = 0xcf8,
 	PCI_DATA = 0xcfc,
@@ -107,11 +108,19 @@ static inline void barrier(void)
 
 /* ---- the serial line ---- */
 
-static inline void put_char(char c)
+/* Each access to a port is an exit to QEMU: an empty FIFO takes several characters at once. */
+static void put_char(char c)
 {
-	while (!(inb(COM1 + 5) & 0x20))
-		delay(1000);
+	static u8 room;
+
+	while (!room) {
+		if (inb(COM1 + 5) & 0x20)
+			room = UART_FIFO;
+		else
+			delay(1000);
+	}
 	outb(COM1, c);
+	room--;
 }
 
 static inline void put(const char *s)

@@ -16,8 +16,8 @@
  *   mix COUNT                            COUNT conversions by each vCPU in its
  *                                        half, of all sizes, not all touched  -> mix ...
  *   settle                               check, and touch, all of both halves -> settle ...
- *   map                                  lengths in pages of what is shared,
- *                                        private, shared ... in both halves   -> map N N ...
+ *   map                                  what is private in both halves: a hex
+ *                                        digit has four pages, bit 0 the first -> map PAGES DIGITS
  *   overlap BASE PAGES COUNT SEED        two vCPUs convert the same pages     -> overlap ...
  *   chase BASE PAGES COUNT SEED          one converts what the other touches  -> chase ...
  *   hostile BASE PAGES OWN SEED END PLUG PLUGGED
@@ -446,27 +446,28 @@ static void write_lapic(u64 reg, u32 value)
 	*(volatile u32 *)reg = value;
 }
 
+/* The second vCPU does one job, and halts. */
 void ap_main(void)
 {
 	load_idt();
 	ap_alive = true;
-	for (;;) {
-		while (!ap_job)
-			asm volatile("pause" : : : "memory");
+	if (ap_job)
 		ap_job(ap_argument);
-		barrier();
-		ap_job = NULL;
-	}
+	barrier();
+	ap_job = NULL;
+}
+
+static void start_ap(void)
+{
+	write_lapic(LAPIC_ICR_HIGH, 1 << 24);
+	write_lapic(LAPIC_ICR_LOW, 0x4500);		/* INIT */
+	write_lapic(LAPIC_ICR_LOW, 0x4600 | 0xf0);	/* start at 0xf0000 */
 }
 
 static void smp(void)
 {
-	if (!ap_alive) {
-		write_lapic(LAPIC_ICR_HIGH, 1 << 24);
-		write_lapic(LAPIC_ICR_LOW, 0x4500);		/* INIT */
-		delay(1000000);
-		write_lapic(LAPIC_ICR_LOW, 0x4600 | 0xf0);	/* start at 0xf0000 */
-	}
+	if (!ap_alive)
+		start_ap();
 	while (!ap_alive)		/* the driver's deadline ends this if it never comes */
 		asm volatile("pause" : : : "memory");
 	put("cpus 2\n");
@@ -476,8 +477,9 @@ static void smp(void)
 static void on_both(void (*boot)(u64), void (*ap)(u64), u64 argument)
 {
 	ap_argument = argument;
-	barrier();
 	ap_job = ap;
+	barrier();
+	start_ap();
 	boot(argument);
 	while (ap_job)
 		asm volatile("pause" : : : "memory");
@@ -540,17 +542,16 @@ static bool half_private(u64 i)
 static void map(void)
 {
 	u64 pages = churns[0].pages + churns[1].pages;
-	bool private = false;
-	u64 start = 0;
 
-	put("map");
-	for (u64 i = 0; i <= pages; i++) {
-		if (i < pages && half_private(i) == private)
-			continue;
-		put_char(' ');
-		put_unsigned(i - start);
-		private = !private;
-		start = i;
+	put("map ");
+	put_unsigned(pages);
+	put_char(' ');
+	for (u64 i = 0; i < pages; i += 4) {
+		u32 digit = 0;
+
+		for (u64 j = 0; j < 4 && i + j < pages; j++)
+			digit |= half_private(i + j) << j;
+		put_char("0123456789abcdef"[digit]);
 	}
 	put("\n");
 }

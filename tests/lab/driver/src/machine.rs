@@ -414,22 +414,9 @@ impl Machine {
     }
 
     /// What the guest itself takes for private in its two halves, which begin at `offset`.
-    pub fn guest_map(&mut self, mut offset: u64) -> Result<Vec<Extent>> {
+    pub fn guest_map(&mut self, offset: u64) -> Result<Vec<Extent>> {
         let reply = self.ask("map")?;
-        let lengths = reply
-            .strip_prefix("map ")
-            .with_context(|| format!("odd reply: {reply}"))?;
-        let mut map = Vec::new();
-        for (i, pages) in lengths.split_whitespace().enumerate() {
-            let size = pages.parse::<u64>()? * PAGE;
-            map.push(Extent {
-                offset,
-                size,
-                private: i % 2 == 1,
-            });
-            offset += size;
-        }
-        Ok(map)
+        guest_map(&reply, offset).with_context(|| format!("odd reply: {reply}"))
     }
 
     /// Ends the guest by its own hand and checks that QEMU ends with its status.
@@ -574,6 +561,20 @@ impl Machine {
     }
 }
 
+/// The extents that a reply `map PAGES DIGITS` tells of; a hex digit has four pages.
+fn guest_map(reply: &str, offset: u64) -> Option<Vec<Extent>> {
+    let (pages, digits) = reply.strip_prefix("map ")?.split_once(' ')?;
+    let pages: usize = pages.parse().ok()?;
+    let digits: Option<Vec<u32>> = digits.chars().map(|digit| digit.to_digit(16)).collect();
+    let digits = digits.filter(|digits| digits.len() == pages.div_ceil(4))?;
+    let page = |i: usize| Extent {
+        offset: offset + i as u64 * PAGE,
+        size: PAGE,
+        private: digits[i / 4] >> (i % 4) & 1 == 1,
+    };
+    Some(joined((0..pages).map(page)))
+}
+
 /// What a reply `NAME key=value ...` says.
 pub fn counts_in(reply: &str) -> HashMap<String, u64> {
     reply
@@ -707,4 +708,25 @@ pub fn pattern(addr: u64, size: u64, seed: u64) -> Vec<u8> {
         .step_by(8)
         .flat_map(|at| word(at).to_le_bytes())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_tells_its_map() {
+        let extent = |offset, pages: u64, private| Extent {
+            offset,
+            size: pages * PAGE,
+            private,
+        };
+        let map = [
+            extent(PAGE, 1, false),
+            extent(2 * PAGE, 4, true),
+            extent(6 * PAGE, 1, false),
+        ];
+        assert_eq!(guest_map("map 6 e1", PAGE), Some(map.to_vec()));
+        assert_eq!(guest_map("map 6 e", PAGE), None);
+    }
 }
