@@ -1,40 +1,39 @@
 //! `cargo xtask demo`: private memory on a real kernel, and what it proved.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use crate::Context;
 use crate::lab::{self, Lab};
 use crate::protocol::{Event, Verdict};
-use crate::qemu::Line;
+use crate::repeat::{self, Round};
+use crate::run::Progress;
+use crate::suites::{self, Tally};
+use crate::{BootArgs, Context};
 
 /// Fewer conversions by the guest would prove little.
 const CONVERSIONS: u64 = 1000;
 /// How many secrets the private Linux has.
 const SECRETS: u64 = 64;
 
-pub fn run(cx: &Context, line: Option<Line>, limit: Duration, json: bool) -> Result<ExitCode> {
-    let lab = Lab::prepare(cx, line)?;
-    let mut demo = Map::new();
-    let mut problems = Vec::new();
-    let boot = lab.boot(cx, "demo", "lab.run=demo", limit, |event| match event {
-        Event::Log(line) if json => eprintln!("{line}"),
-        Event::Log(line) => println!("{line}"),
-        Event::Demo(part) => demo.extend(part),
-        Event::Error(error) => problems.push(error),
-        Event::Test(test) if test.result == Verdict::Failed => {
-            problems.push(format!("{}: {}", test.name, test.why));
-        }
-        Event::Test(_) | Event::Bench(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
+/// What the log of a boot is called.
+const LOG: &str = "demo";
+
+pub fn run(cx: &Context, boot: &BootArgs, json: bool, repeat: u32) -> Result<ExitCode> {
+    let lab = Lab::prepare(cx, boot.line)?;
+    if repeat > 1 {
+        let log = lab.log(cx, LOG)?;
+        return Ok(repeat::rounds(repeat, |round| {
+            run_round(cx, &lab, boot.limit(), round).with_log(&log)
+        }));
+    }
+    let (mut demo, problems) = show(cx, &lab, boot.limit(), |line| match json {
+        true => eprintln!("{line}"),
+        false => println!("{line}"),
     });
-    problems.extend(boot.err().map(|error| format!("{error:#}")));
-    if demo.is_empty() {
-        problems.push("the lab reported no demo".to_owned());
-    } else {
-        problems.extend(shortcomings(&demo));
+    if !demo.is_empty() {
         demo.insert("seconds".to_owned(), seconds(cx).into());
         if json {
             println!("{}", serde_json::to_string(&demo)?);
@@ -43,6 +42,46 @@ pub fn run(cx: &Context, line: Option<Line>, limit: Duration, json: bool) -> Res
         }
     }
     Ok(lab::verdict(&problems))
+}
+
+/// One of several demos, as one test.
+fn run_round(cx: &Context, lab: &Lab, limit: Duration, round: Round) -> Tally {
+    let started = Instant::now();
+    let mut progress = Progress::start("demo");
+    let (_, problems) = show(cx, lab, limit, |line| progress.tick(line));
+    progress.finish();
+    let tally = match problems.as_slice() {
+        [] => Tally::pass(),
+        _ => Tally::fail(format!("demo: {}", problems.join("; "))),
+    };
+    suites::report(round, "demo", &tally, started.elapsed());
+    tally
+}
+
+/// Boots the lab for a demo. Returns what the demo measured, and every problem.
+fn show(
+    cx: &Context,
+    lab: &Lab,
+    limit: Duration,
+    mut on_log: impl FnMut(&str),
+) -> (Map<String, Value>, Vec<String>) {
+    let mut demo = Map::new();
+    let mut problems = Vec::new();
+    let boot = lab.boot(cx, LOG, "lab.run=demo", limit, |event| match event {
+        Event::Log(line) => on_log(&line),
+        Event::Demo(part) => demo.extend(part),
+        Event::Error(error) => problems.push(error),
+        Event::Test(test) if test.result == Verdict::Failed => {
+            problems.push(format!("{}: {}", test.name, test.why));
+        }
+        Event::Test(_) | Event::Bench(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
+    });
+    problems.extend(boot.err().map(|error| format!("{error:#}")));
+    match demo.is_empty() {
+        true => problems.push("the lab reported no demo".to_owned()),
+        false => problems.extend(shortcomings(&demo)),
+    }
+    (demo, problems)
 }
 
 fn seconds(cx: &Context) -> f64 {

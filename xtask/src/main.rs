@@ -22,6 +22,7 @@ mod packaging;
 mod protocol;
 mod qemu;
 mod recipes;
+mod repeat;
 mod run;
 mod setup;
 mod soak;
@@ -60,8 +61,10 @@ enum Command {
     /// Boot the lab and show private memory on a real kernel
     Demo {
         /// Print one JSON object on stdout, the log on stderr
-        #[arg(long)]
+        #[arg(long, conflicts_with = "repeat")]
         json: bool,
+        #[command(flatten)]
+        repeat: RepeatArgs,
         #[command(flatten)]
         boot: BootArgs,
     },
@@ -79,6 +82,8 @@ enum Command {
         /// Run only these of the lab's tests (may be repeated)
         #[arg(long, value_name = "NAME", value_delimiter = ',')]
         lab_test: Vec<String>,
+        #[command(flatten)]
+        repeat: RepeatArgs,
     },
     /// Measure what conversions cost, beside QEMU's own tracking and bare ioctls
     Bench {
@@ -127,6 +132,14 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+}
+
+#[derive(clap::Args)]
+struct RepeatArgs {
+    /// Run it all N times, also after a failure, and keep the output of the first failure
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
 }
 
 #[derive(clap::Args)]
@@ -197,15 +210,16 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> Result<ExitCode> {
     let cx = Context::new(cli.refresh)?;
     match cli.command {
-        Command::Demo { json, boot } => demo::run(&cx, boot.line, boot.limit(), json),
+        Command::Demo { json, repeat, boot } => demo::run(&cx, &boot, json, repeat.repeat),
         Command::Test {
             suite,
             full,
             line,
             lab_test,
+            repeat,
         } => {
             let chosen = suites::Chosen { suite, full, line };
-            Ok(suites::run(&cx, &chosen, &lab_test))
+            Ok(suites::run(&cx, &chosen, &lab_test, repeat.repeat))
         }
         Command::Bench {
             check,

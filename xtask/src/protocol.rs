@@ -1,6 +1,8 @@
 //! What the lab says on its console: lines `@lab {json}` are results, all
 //! others are a log for people.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -42,6 +44,16 @@ pub enum Verdict {
     Ok,
     Failed,
     Skipped,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::Skipped => "skipped",
+        })
+    }
 }
 
 /// Reads one line. A result that cannot be read is an error, never a log line.

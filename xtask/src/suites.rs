@@ -25,6 +25,7 @@ use crate::miri;
 use crate::packaging;
 use crate::protocol::{Event, Verdict};
 use crate::qemu::{self, Line, NoSource};
+use crate::repeat::{self, Round};
 use crate::run;
 use crate::setup;
 use crate::symbols;
@@ -106,7 +107,7 @@ impl Suite {
         value.map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    fn run(self, cx: &Context, lab_tests: &[String]) -> Result<Tally> {
+    fn run(self, cx: &Context, lab_tests: &[String], round: Round) -> Result<Tally> {
         match self {
             Self::Header => header_suite(cx),
             Self::Symbols => symbols::suite(cx),
@@ -120,8 +121,8 @@ impl Suite {
             Self::Docs => docs::suite(cx),
             Self::Qtest10_2 => qtests(cx, Line::V10_2),
             Self::Qtest10_0 => qtests(cx, Line::V10_0),
-            Self::Lab10_2 => lab(cx, Line::V10_2, lab_tests),
-            Self::Lab10_0 => lab(cx, Line::V10_0, lab_tests),
+            Self::Lab10_2 => lab(cx, Line::V10_2, lab_tests, round),
+            Self::Lab10_0 => lab(cx, Line::V10_0, lab_tests, round),
             Self::Checkpatch10_2 => checkpatch::suite(cx, Line::V10_2),
             Self::Checkpatch10_0 => checkpatch::suite(cx, Line::V10_0),
             Self::Series10_2 => full::series(cx, Line::V10_2),
@@ -138,9 +139,18 @@ pub struct Tally {
     pub passed: usize,
     pub failed: Vec<String>,
     pub skipped: Vec<String>,
+    /// The output of what failed first, if it is in a file.
+    pub log: Option<PathBuf>,
 }
 
 impl Tally {
+    pub fn pass() -> Self {
+        Self {
+            passed: 1,
+            ..Self::default()
+        }
+    }
+
     pub fn skip(why: String) -> Self {
         Self {
             skipped: vec![why],
@@ -176,9 +186,18 @@ impl Tally {
         self.passed += other.passed;
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
+        self.log = self.log.take().or(other.log);
     }
 
-    fn counts(&self) -> String {
+    /// Names the file with the output, which matters if something failed.
+    pub fn with_log(mut self, log: &Path) -> Self {
+        if !self.failed.is_empty() {
+            self.log.get_or_insert_with(|| log.to_owned());
+        }
+        self
+    }
+
+    pub fn counts(&self) -> String {
         format!(
             "{} passed, {} failed, {} skipped",
             self.passed,
@@ -209,7 +228,12 @@ impl Chosen {
     }
 }
 
-pub fn run(cx: &Context, chosen: &Chosen, lab_tests: &[String]) -> ExitCode {
+/// Runs the suites, several times if `repeat` says so.
+pub fn run(cx: &Context, chosen: &Chosen, lab_tests: &[String], repeat: u32) -> ExitCode {
+    repeat::rounds(repeat, |round| run_once(cx, chosen, lab_tests, round))
+}
+
+fn run_once(cx: &Context, chosen: &Chosen, lab_tests: &[String], round: Round) -> Tally {
     let mut total = Tally::default();
     let mut sources = Sources::default();
     for suite in Suite::value_variants() {
@@ -217,21 +241,17 @@ pub fn run(cx: &Context, chosen: &Chosen, lab_tests: &[String]) -> ExitCode {
             continue;
         }
         let started = Instant::now();
-        let result = suite.run(cx, lab_tests);
+        let result = suite.run(cx, lab_tests, round);
         sources.note(*suite, &result);
         let tally = settled(result);
-        report(*suite, &tally, started.elapsed());
+        report(round, &suite.name(), &tally, started.elapsed());
         total.add(tally);
     }
     if sources.none_to_be_had() {
         total.failed.push("no QEMU line could be tested".to_owned());
         println!("    failed: no QEMU line could be tested");
     }
-    println!("{}", total.counts());
-    match total.failed.as_slice() {
-        [] => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
-    }
+    total
 }
 
 /// Which lines were asked for, and of which there are sources.
@@ -269,9 +289,10 @@ fn settled(result: Result<Tally>) -> Tally {
     result.unwrap_or_else(|error| Tally::fail(format!("{error:#}")))
 }
 
-fn report(suite: Suite, tally: &Tally, time: Duration) {
+/// Prints the counts, and why tests failed or were skipped.
+pub fn report(round: Round, name: &str, tally: &Tally, time: Duration) {
     let seconds = time.as_secs_f32();
-    println!("{:<15} {} ({seconds:.1} s)", suite.name(), tally.counts());
+    println!("{round}{name:<15} {} ({seconds:.1} s)", tally.counts());
     for (what, names) in [("failed", &tally.failed), ("skipped", &tally.skipped)] {
         for name in names {
             println!("    {what}: {}", name.replace('\n', "\n        "));
@@ -328,7 +349,8 @@ fn cargo_test(cx: &Context, label: &str, selection: &[&str]) -> Result<Tally> {
 pub fn counted(cx: &Context, label: &str, command: Command) -> Result<Tally> {
     let ended = run::attempt(&cx.cache, label, command)?;
     let log = fs::read_to_string(&ended.log)?;
-    Ok(libtest(&log).ended(label, ended.success))
+    let tally = libtest(&log).ended(label, ended.success);
+    Ok(tally.with_log(&ended.log))
 }
 
 /// Counts what Rust's test programs say, one after another. Libtest knows no
@@ -517,7 +539,8 @@ fn functional(cx: &Context, build: &qemu::Build) -> Result<Tally> {
 fn tap_program(cx: &Context, label: &str, command: Command) -> Result<Tally> {
     let ended = run::attempt(&cx.cache, label, command)?;
     let log = fs::read_to_string(&ended.log)?;
-    Ok(tap(&log).ended(label, ended.success))
+    let tally = tap(&log).ended(label, ended.success);
+    Ok(tally.with_log(&ended.log))
 }
 
 /// Counts the lines of the Test Anything Protocol, as GLib writes it.
@@ -545,7 +568,8 @@ fn unnumbered(name: &str) -> &str {
     name.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ')
 }
 
-fn lab(cx: &Context, line: Line, tests: &[String]) -> Result<Tally> {
+fn lab(cx: &Context, line: Line, tests: &[String], round: Round) -> Result<Tally> {
+    const BOOT: &str = "test";
     let lab = Lab::prepare(cx, Some(line))?;
     let label = format!("lab {line}");
     let mut tally = Tally::default();
@@ -554,17 +578,23 @@ fn lab(cx: &Context, line: Line, tests: &[String]) -> Result<Tally> {
         [] => "lab.run=all".to_owned(),
         some => format!("lab.run={}", some.join(",")),
     };
-    let boot = lab.boot(cx, "test", &run, LAB_LIMIT, |event| match event {
+    let named = !tests.is_empty();
+    let boot = lab.boot(cx, BOOT, &run, LAB_LIMIT, |event| match event {
         // Who names a test may want to see what it found.
-        Event::Log(line) if !tests.is_empty() && line.starts_with(REMARK) => println!("{line}"),
+        Event::Log(line) if named && round.is_only() && line.starts_with(REMARK) => {
+            println!("{line}");
+        }
         Event::Log(line) => progress.tick(&line),
         Event::Error(error) => tally.failed.push(error),
         Event::Test(test) => {
-            let named = format!("{}: {}", test.name, test.why);
+            if named && !round.is_only() {
+                println!("{round}{}: {}", test.name, test.result);
+            }
+            let why = format!("{}: {}", test.name, test.why);
             match test.result {
                 Verdict::Ok => tally.passed += 1,
-                Verdict::Failed => tally.failed.push(named),
-                Verdict::Skipped => tally.skipped.push(named),
+                Verdict::Failed => tally.failed.push(why),
+                Verdict::Skipped => tally.skipped.push(why),
             }
         }
         Event::Demo(_) | Event::Bench(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
@@ -573,7 +603,7 @@ fn lab(cx: &Context, line: Line, tests: &[String]) -> Result<Tally> {
     if let Err(error) = boot {
         tally.failed.push(format!("{label}: {error:#}"));
     }
-    Ok(tally.ended(&label, true))
+    Ok(tally.ended(&label, true).with_log(&lab.log(cx, BOOT)?))
 }
 
 #[cfg(test)]
@@ -629,12 +659,8 @@ mod tests {
 
     #[test]
     fn breaking_off_is_a_failure() {
-        let one = || Tally {
-            passed: 1,
-            ..Tally::default()
-        };
-        assert_eq!(one().ended("x", true), one());
-        assert_eq!(one().ended("x", false).failed, ["x: it broke off"]);
+        assert_eq!(Tally::pass().ended("x", true), Tally::pass());
+        assert_eq!(Tally::pass().ended("x", false).failed, ["x: it broke off"]);
         assert_eq!(
             Tally::default().ended("x", true).failed,
             ["x: it broke off"]
