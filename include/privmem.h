@@ -243,7 +243,8 @@ struct privmem_region_options {
 /**
  * A downstream mapper of a region's shared store, such as VFIO: told before
  * shared memory goes and after it has come. Offsets and sizes are in bytes of
- * the region; a conversion cuts runs at the multiples of 64 MiB.
+ * the region; a conversion cuts runs at the multiples of 64 MiB of the region, and
+ * nowhere else.
  *
  * The library knows what the listener maps: it is asked to give up only that, and
  * to map only what it does not. A discard may cover what was populated by several
@@ -288,10 +289,23 @@ struct privmem_listener {
    * For a listener that can give up entries only as a whole: bytes of one, a
    * power of two, at most 64 MiB. Blocks of so many that become shared as a whole
    * are mapped by one entry each, and are refused (-EBUSY) to a conversion that
-   * makes a part of one private; the rest is mapped page by page. 0 for a
-   * listener that can give up any part of an entry: it is told run by run.
+   * makes a part of one private; the rest is mapped page by page. A block that
+   * the guest sees in two bindings is a whole to a request only where their
+   * guest-physical addresses follow each other, too. 0 for a listener that can
+   * give up any part of an entry: it is told run by run.
    */
   uint64_t granularity;
+  /**
+   * For a listener with a limited number of entries: how many more calls of
+   * `populate` can succeed now. A request that needs more is refused (-ENOSPC)
+   * before any of it is done. NULL, or absent in an older table: no limit.
+   */
+  uint64_t (*entries_left)(void *opaque);
+  /**
+   * Listeners for which this is the same share one limit, of any regions of the
+   * VM. Only compared; NULL for a limit of this listener alone.
+   */
+  const void *limit;
 };
 
 /**
@@ -969,10 +983,14 @@ int privmem_region_remove_listener(const struct privmem_region *region, void *op
 /**
  * Puts all of a region on the side where it began, and frees all private
  * pages, as at the reset of a machine. vCPUs do not run meanwhile. May sleep.
+ * Listeners with a granularity map what is shared by as few entries as if they
+ * were added now.
  *
  * Errors: -EPERM after a launch with initial contents, which nobody could give
- * again; nothing has changed then; what the kernel or a listener returned; the region may be partly
- * reset then.
+ * again; nothing has changed then. Otherwise what the kernel or a listener
+ * returned: all that could be done is done, the message says what is not, and the
+ * machine must not run on. Private contents are gone unless the message says that
+ * some may be left; the reset may be tried again.
  *
  * # Safety
  * `region` is NULL or a live handle.

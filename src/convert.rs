@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 
 use crate::agent::{InitialPages, PageType};
 use crate::error::{Error, Result};
+use crate::listener::Demand;
 use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeGuard;
 use crate::region::Region;
@@ -134,14 +135,14 @@ impl<'a> Segment<'a> {
         }
     }
 
+    /// Whether it begins in the region where `before` ends.
+    fn continues(&self, before: &Segment) -> bool {
+        std::ptr::eq(self.region, before.region) && self.offsets.start() == before.offsets.end()
+    }
+
     #[inline(always)]
     fn discard(&self) -> Result<()> {
         self.region.listeners.discard(self.offsets)
-    }
-
-    /// Has what was discarded mapped again; returns how many bytes are not.
-    fn restore(&self) -> u64 {
-        self.region.listeners.restore(self.offsets)
     }
 
     #[inline(always)]
@@ -181,7 +182,8 @@ impl Vm {
         let request = Range::new(gpa, size)?;
         let bindings = self.bindings();
         let segments = resolve(&bindings, request);
-        let result = check_covered(&segments, request, to).and_then(|()| run(&segments, to));
+        let result =
+            check_covered(&segments, request, to).and_then(|()| run(&segments, to, Maps::Now));
         let end = match &result {
             Ok(Some(Segment {
                 gpa: Some(rest), ..
@@ -257,7 +259,10 @@ impl Vm {
     }
 
     /// Puts `offsets` of a region on one side, whether the guest sees them or
-    /// not.
+    /// not. Listeners give up what becomes private, but map nothing: callers see
+    /// to that, see [`Listeners::remap`].
+    ///
+    /// [`Listeners::remap`]: crate::listener::Listeners::remap
     pub(crate) fn convert_offsets(&self, region: &Region, offsets: Range, to: Side) -> Result<()> {
         let bindings = self.bindings();
         let bound = seen(&bindings, region, offsets).map(|(offsets, gpa)| Segment {
@@ -266,14 +271,14 @@ impl Vm {
             gpa: Some(gpa),
         });
         let bound: Vec<_> = bound.collect();
-        while run(&bound, to)?.is_some() {}
+        while run(&bound, to, Maps::Later)?.is_some() {}
         // What is bound is on its side now; the rest needs no attributes.
         let all = Segment {
             region,
             offsets,
             gpa: None,
         };
-        while run(&[all], to)?.is_some() {}
+        while run(&[all], to, Maps::Later)?.is_some() {}
         Ok(())
     }
 
@@ -400,11 +405,22 @@ fn check_covered(segments: &[Segment], request: Range, to: Side) -> Result<()> {
     Ok(())
 }
 
+/// When listeners map what becomes shared.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Maps {
+    Now,
+    /// The caller has them map it afterwards, all of it at once.
+    Later,
+}
+
 /// Converts `segments`, as far as one step goes; returns the first piece that
 /// is left for the next one.
-fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
+fn run<'a>(segments: &[Segment<'a>], to: Side, maps: Maps) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
-    let Some((step, rest)) = Step::of(segments, to) else {
+    if maps == Maps::Now {
+        check_listeners(segments, to)?;
+    }
+    let Some((step, rest)) = Step::of(segments, to, maps) else {
         return Ok(None);
     };
     let mut done = Done::default();
@@ -418,6 +434,52 @@ fn run<'a>(segments: &[Segment<'a>], to: Side) -> Result<Option<Segment<'a>>> {
         }
         Err(cause) => Err(undo(&step, &done, cause)),
     }
+}
+
+/// Refuses, before anything has changed, a request that listeners would refuse
+/// when a part of it is done. Other requests may still take the entries that this
+/// one needs: each step is undone where it fails.
+#[inline(always)]
+fn check_listeners(segments: &[Segment], to: Side) -> Result<()> {
+    match segments.iter().any(|s| s.region.listeners.any()) {
+        true => check_some_listeners(segments, to),
+        false => Ok(()),
+    }
+}
+
+#[inline(never)]
+fn check_some_listeners(segments: &[Segment], to: Side) -> Result<()> {
+    let mut demand = Demand::default();
+    join(segments.iter().copied(), |_| true).try_for_each(|whole| {
+        let (region, offsets) = (whole.region, whole.offsets);
+        match to {
+            Side::Private => region.listeners.check_whole(offsets),
+            Side::Shared => {
+                let mut runs = region.runs_on(Side::Private, offsets);
+                runs.try_for_each(|run| region.listeners.check_entries(run, &mut demand))
+            }
+        }
+    })
+}
+
+/// Puts segments together that continue each other, unless `may_join` refuses the
+/// offset where they meet.
+fn join<'a>(
+    segments: impl Iterator<Item = Segment<'a>>,
+    may_join: impl Fn(u64) -> bool,
+) -> impl Iterator<Item = Segment<'a>> {
+    let mut segments = segments.peekable();
+    std::iter::from_fn(move || {
+        let mut joined = segments.next()?;
+        let continues = |joined: &Segment, next: &Segment| {
+            next.continues(joined) && may_join(next.offsets.start())
+        };
+        while let Some(next) = segments.next_if(|next| continues(&joined, next)) {
+            joined.offsets = joined.offsets.through(&next.offsets);
+            joined.gpa = None;
+        }
+        Some(joined)
+    })
 }
 
 /// The pieces of a request that are not on `to` yet, in order.
@@ -477,6 +539,7 @@ impl<'a> Iterator for Changes<'_, 'a> {
 /// request may have as many pieces as a guest likes.
 struct Step<'s, 'a> {
     to: Side,
+    maps: Maps,
     pieces: usize,
     first: Segment<'a>,
     /// Begins with the second one, and goes on after the last.
@@ -487,10 +550,15 @@ impl<'s, 'a> Step<'s, 'a> {
     /// What of a request makes one step, and the piece after it; `None` if nothing
     /// is to be changed.
     #[inline(always)]
-    fn of(segments: &'s [Segment<'a>], to: Side) -> Option<(Step<'s, 'a>, Option<Segment<'a>>)> {
+    fn of(
+        segments: &'s [Segment<'a>],
+        to: Side,
+        maps: Maps,
+    ) -> Option<(Step<'s, 'a>, Option<Segment<'a>>)> {
         let mut others = Changes::of(segments, to);
         let mut step = Step {
             to,
+            maps,
             pieces: 1,
             first: others.next()?,
             others,
@@ -505,15 +573,48 @@ impl<'s, 'a> Step<'s, 'a> {
     /// Takes as many pieces as there may be, and returns the one after them.
     fn fill(&mut self) -> Option<Segment<'a>> {
         let mut bytes = self.first.offsets.len();
+        let mut last = self.first;
         self.others.clone().find(|change| {
             bytes += change.offsets.len();
             // Taking memory takes its time, as does mapping and pinning it.
             let is_slow = change.region.allocates(self.to) || change.region.listeners.any();
             let limit = if is_slow { PIECE } else { STEP_BYTES };
-            let is_full = self.pieces == STEP_PIECES || bytes > limit;
+            let is_full = self.pieces >= STEP_PIECES || bytes > limit;
+            // A listener's block is not cut, wherever its parts lie.
+            let is_full = is_full && !(change.continues(&last) && is_within_block(change));
             self.pieces += usize::from(!is_full);
+            last = *change;
             is_full
         })
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = Segment<'a>> {
+        let others = self.others.clone().take(self.pieces - 1);
+        std::iter::once(self.first).chain(others)
+    }
+
+    /// What listeners are told of: the pieces, put together between two multiples
+    /// of [`PIECE`], because a piece may be a part of a listener's block.
+    fn stretches(&self) -> impl Iterator<Item = Segment<'a>> {
+        join(self.pieces(), |offset| !offset.is_multiple_of(PIECE))
+    }
+
+    /// Calls `phase` with what listeners are told of, until it fails.
+    #[inline(always)]
+    fn try_each_stretch(&self, mut phase: impl FnMut(&Segment<'a>) -> Result<()>) -> Result<()> {
+        match self.pieces {
+            1 => phase(&self.first),
+            _ => self.try_each_of_some_stretches(phase),
+        }
+    }
+
+    #[inline(never)]
+    fn try_each_of_some_stretches(
+        &self,
+        mut phase: impl FnMut(&Segment<'a>) -> Result<()>,
+    ) -> Result<()> {
+        let mut told = self.stretches().filter(|s| s.region.listeners.any());
+        told.try_for_each(|stretch| phase(&stretch))
     }
 
     /// Calls `phase` with each piece and its number, until it fails.
@@ -543,11 +644,17 @@ impl<'s, 'a> Step<'s, 'a> {
     }
 }
 
+/// Whether a listener's block may contain the start of `change`.
+fn is_within_block(change: &Segment) -> bool {
+    !change.offsets.start().is_multiple_of(PIECE) && change.region.listeners.any()
+}
+
 /// How many pieces of a step each phase has done.
 #[derive(Default)]
 struct Done {
     asked: usize,
     switched: usize,
+    /// Not pieces, but stretches.
     populated: usize,
     punched: usize,
 }
@@ -555,7 +662,7 @@ struct Done {
 fn convert(step: &Step, done: &mut Done) -> Result<()> {
     let to = step.to;
     if to == Side::Private {
-        step.try_each(|_, change| change.discard())?;
+        step.try_each_stretch(|stretch| stretch.discard())?;
     }
     step.try_each(|_, change| {
         change.clear(to)?;
@@ -569,9 +676,9 @@ fn convert(step: &Step, done: &mut Done) -> Result<()> {
         done.switched += 1;
         Ok(())
     })?;
-    if to == Side::Shared {
-        step.try_each(|_, change| {
-            change.populate()?;
+    if to == Side::Shared && step.maps == Maps::Now {
+        step.try_each_stretch(|stretch| {
+            stretch.populate()?;
             done.populated += 1;
             Ok(())
         })?;
@@ -606,11 +713,14 @@ fn lock<'a>(segments: &[Segment<'a>]) -> Guards<'a> {
 fn undo(step: &Step, done: &Done, cause: Error) -> Error {
     let to = step.to;
     let (mut contents_lost, mut stuck, mut unmapped, mut stale) = (0, 0, 0, 0);
-    step.each(|number, change| {
-        if number < done.populated {
-            let _ = change.discard();
-        }
-    });
+    // Kept: what is published below is no piece of the step any more.
+    let told: Vec<_> = step
+        .stretches()
+        .filter(|s| s.region.listeners.any())
+        .collect();
+    for stretch in &told[..done.populated.min(told.len())] {
+        let _ = stretch.discard();
+    }
     step.each(|number, change| {
         let bytes = change.offsets.len();
         let reached = |phase: usize| number < phase;
@@ -619,10 +729,6 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
             change.publish(to);
             change.after(to);
             stuck += bytes;
-            // It is shared now, whatever was asked for.
-            if to == Side::Shared {
-                unmapped += change.restore();
-            }
             return;
         }
         // What was preallocated, or a vCPU wrote, on the new side meanwhile. If
@@ -635,11 +741,17 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
         if reached(done.punched) && !change.region.keeps(to.other()) {
             contents_lost += bytes;
         }
-        match to {
-            Side::Private => unmapped += change.restore(),
-            Side::Shared => stale += change.region.listeners.mapped(change.offsets),
-        }
     });
+    // By the state map: a piece that is stuck is on the new side.
+    for Segment {
+        region, offsets, ..
+    } in told
+    {
+        let shared = region.runs_on(Side::Shared, offsets);
+        unmapped += shared.map(|run| region.listeners.restore(run)).sum::<u64>();
+        let private = region.runs_on(Side::Private, offsets);
+        stale += private.map(|run| region.listeners.mapped(run)).sum::<u64>();
+    }
     if to == Side::Shared {
         // Only now is it known which huge pages have nothing shared.
         step.each(|_, change| change.region.punch_huge_pages(change.offsets));

@@ -180,6 +180,23 @@ pub enum Error {
         stale: u64,
     },
 
+    /// A reset that could not do all.
+    #[error("{cause}; region '{name}' is not as after a reset{}", reset_text(
+        *.has_contents, *.left, *.unmapped, *.stale
+    ))]
+    Reset {
+        cause: Box<Error>,
+        name: String,
+        /// Private contents of before may still be there.
+        has_contents: bool,
+        /// Bytes that are not on their initial side.
+        left: u64,
+        /// Bytes that are shared, and that a downstream listener does not map.
+        unmapped: u64,
+        /// Bytes that are private, and that a downstream listener still maps.
+        stale: u64,
+    },
+
     #[error("this host has pages of {0} bytes; the library is made for pages of 4096 bytes")]
     HostPageSize(u64),
 
@@ -203,6 +220,23 @@ fn undo_text(contents_lost: u64, stuck: u64, unmapped: u64, stale: u64) -> Strin
     }
     if unmapped != 0 {
         text += &format!("; a downstream listener did not map {unmapped:#x} bytes again");
+    }
+    if stale != 0 {
+        text += &format!("; a downstream listener still maps {stale:#x} bytes");
+    }
+    text
+}
+
+fn reset_text(has_contents: bool, left: u64, unmapped: u64, stale: u64) -> String {
+    let mut text = String::from(match has_contents {
+        true => ": private contents may be left",
+        false => ", but has no private contents",
+    });
+    if left != 0 {
+        text += &format!("; {left:#x} bytes are not on the side where they began");
+    }
+    if unmapped != 0 {
+        text += &format!("; a downstream listener does not map {unmapped:#x} bytes");
     }
     if stale != 0 {
         text += &format!("; a downstream listener still maps {stale:#x} bytes");
@@ -256,7 +290,9 @@ impl Error {
             | Error::Command { source, .. }
             | Error::Agent { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
             Error::HopelessFault { .. } => libc::EFAULT,
-            Error::Undone { cause, .. } | Error::NotRetired { cause, .. } => cause.errno(),
+            Error::Undone { cause, .. }
+            | Error::NotRetired { cause, .. }
+            | Error::Reset { cause, .. } => cause.errno(),
             Error::Panic(_) => libc::EIO,
         }
     }

@@ -21,7 +21,7 @@ use crate::agent::{Agent, InitialPages, Move, PageType, Snp, SnpFinish, Tdx};
 use crate::error::{Error, Result};
 use crate::failure::Failure;
 use crate::kernel::{Kernel, Linux, NumaPolicy};
-use crate::listener::Listener;
+use crate::listener::{EntriesLeft, Listener};
 use crate::range::{GRANULE, Range};
 use crate::region::{Options, Region};
 use crate::relocate::{Destination, Level};
@@ -399,7 +399,8 @@ pub struct privmem_binding {
 
 /// A downstream mapper of a region's shared store, such as VFIO: told before
 /// shared memory goes and after it has come. Offsets and sizes are in bytes of
-/// the region; a conversion cuts runs at the multiples of 64 MiB.
+/// the region; a conversion cuts runs at the multiples of 64 MiB of the region, and
+/// nowhere else.
 ///
 /// The library knows what the listener maps: it is asked to give up only that, and
 /// to map only what it does not. A discard may cover what was populated by several
@@ -435,9 +436,18 @@ pub struct privmem_listener {
     /// For a listener that can give up entries only as a whole: bytes of one, a
     /// power of two, at most 64 MiB. Blocks of so many that become shared as a whole
     /// are mapped by one entry each, and are refused (-EBUSY) to a conversion that
-    /// makes a part of one private; the rest is mapped page by page. 0 for a
-    /// listener that can give up any part of an entry: it is told run by run.
+    /// makes a part of one private; the rest is mapped page by page. A block that
+    /// the guest sees in two bindings is a whole to a request only where their
+    /// guest-physical addresses follow each other, too. 0 for a listener that can
+    /// give up any part of an entry: it is told run by run.
     pub granularity: u64,
+    /// For a listener with a limited number of entries: how many more calls of
+    /// `populate` can succeed now. A request that needs more is refused (-ENOSPC)
+    /// before any of it is done. NULL, or absent in an older table: no limit.
+    pub entries_left: Option<unsafe extern "C" fn(opaque: *mut c_void) -> u64>,
+    /// Listeners for which this is the same share one limit, of any regions of the
+    /// VM. Only compared; NULL for a limit of this listener alone.
+    pub limit: *const c_void,
 }
 
 /// A [`privmem_listener`] that has both functions.
@@ -447,6 +457,9 @@ struct CListener {
     populate: unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int,
     range: Option<Range>,
     granularity: Option<u64>,
+    entries_left: Option<unsafe extern "C" fn(*mut c_void) -> u64>,
+    /// Tells the limit of `entries_left` from others.
+    limit: usize,
 }
 
 // SAFETY: whoever adds a listener promises that its functions may be called
@@ -483,6 +496,15 @@ impl Listener for CListener {
 
     fn range(&self) -> Option<Range> {
         self.range
+    }
+
+    fn entries_left(&self) -> Option<EntriesLeft> {
+        let limit = self.limit;
+        self.entries_left.map(|ask| EntriesLeft {
+            limit,
+            // SAFETY: as above.
+            entries: unsafe { ask(self.opaque) },
+        })
     }
 
     fn identity(&self) -> usize {
@@ -1523,8 +1545,8 @@ pub unsafe extern "C" fn privmem_region_add_listener(
         }
         // SAFETY: valid for reading, and as large as it says.
         let table = unsafe {
-            let all = size_of::<privmem_listener>();
-            versioned(listener, &raw const (*listener).size, all, "a listener")
+            let least = offset_of!(privmem_listener, entries_left);
+            versioned(listener, &raw const (*listener).size, least, "a listener")
         }?;
         let (Some(discard), Some(populate)) = (table.discard, table.populate) else {
             return Err(null("a function of the listener"));
@@ -1539,6 +1561,11 @@ pub unsafe extern "C" fn privmem_region_add_listener(
             populate,
             range,
             granularity: (table.granularity != 0).then_some(table.granularity),
+            entries_left: table.entries_left,
+            limit: match table.limit as usize {
+                0 => table.opaque as usize,
+                limit => limit,
+            },
         }))
     })
 }
@@ -1563,10 +1590,14 @@ pub unsafe extern "C" fn privmem_region_remove_listener(
 
 /// Puts all of a region on the side where it began, and frees all private
 /// pages, as at the reset of a machine. vCPUs do not run meanwhile. May sleep.
+/// Listeners with a granularity map what is shared by as few entries as if they
+/// were added now.
 ///
 /// Errors: -EPERM after a launch with initial contents, which nobody could give
-/// again; nothing has changed then; what the kernel or a listener returned; the region may be partly
-/// reset then.
+/// again; nothing has changed then. Otherwise what the kernel or a listener
+/// returned: all that could be done is done, the message says what is not, and the
+/// machine must not run on. Private contents are gone unless the message says that
+/// some may be left; the reset may be tried again.
 ///
 /// # Safety
 /// `region` is NULL or a live handle.

@@ -54,7 +54,7 @@ pub mod vm;
 pub use error::{Error, Result};
 pub use failed::FailedConversion;
 pub use kernel::NumaPolicy;
-pub use listener::Listener;
+pub use listener::{EntriesLeft, Listener};
 pub use range::{GRANULE, Range};
 pub use region::{Info, Options, Region};
 pub use relocate::{Destination, Level};

@@ -5,6 +5,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
+use smallvec::SmallVec;
+
 use crate::convert::PIECE;
 use crate::error::{Error, Result};
 use crate::range::{GRANULE, Range};
@@ -40,8 +42,43 @@ pub trait Listener: Send + Sync {
         None
     }
 
+    /// How many more entries there can be, if their number is limited: a request
+    /// that needs more is refused before any of it is done.
+    fn entries_left(&self) -> Option<EntriesLeft> {
+        None
+    }
+
     /// Tells this listener of a region from others.
     fn identity(&self) -> usize;
+}
+
+/// What is left of a limited number of entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntriesLeft {
+    /// Tells this limit from others: several listeners may share one.
+    pub limit: usize,
+    pub entries: u64,
+}
+
+/// What a request needs of the entries of each limit.
+#[derive(Default)]
+pub(crate) struct Demand(SmallVec<[(EntriesLeft, u64); 2]>);
+
+impl Demand {
+    /// Adds what is needed of one limit, which is asked for what is left only once.
+    fn add(&mut self, left: EntriesLeft, needed: u64) -> Result<()> {
+        let at = self.0.iter().position(|(of, _)| of.limit == left.limit);
+        let at = at.unwrap_or_else(|| {
+            self.0.push((left, 0));
+            self.0.len() - 1
+        });
+        let (left, sum) = &mut self.0[at];
+        *sum = sum.saturating_add(needed);
+        match *sum > left.entries {
+            true => Err(Error::listener(io::Error::from_raw_os_error(libc::ENOSPC))),
+            false => Ok(()),
+        }
+    }
 }
 
 /// What is mapped, in a map of its own.
@@ -119,6 +156,21 @@ impl Mapper {
         parts.into_iter().filter_map(pieces).flatten()
     }
 
+    /// How many entries map `offsets`, part of a request to become shared: as many
+    /// as [`Mapper::entries`] of each part between two multiples of [`PIECE`].
+    fn entries_needed(&self, offsets: Range) -> u64 {
+        let Some(offsets) = offsets.intersection(&self.range) else {
+            return 0;
+        };
+        match self.block {
+            None => (offsets.end() - 1) / PIECE - offsets.start() / PIECE + 1,
+            Some(block) => {
+                let whole = offsets.narrowed(block).map_or(0, |whole| whole.len());
+                whole / block + (offsets.len() - whole) / GRANULE
+            }
+        }
+    }
+
     fn count_entries(&self, offsets: Range) -> u64 {
         let Some(block) = self.block else {
             return 0;
@@ -183,6 +235,28 @@ impl Mapper {
         given_up.map_err(Error::listener)?;
         self.mapped.set(run.granules(), MAPPED.other());
         self.blocks.set(self.whole_blocks(run), MAPPED.other());
+        Ok(())
+    }
+
+    /// Maps all that is shared. A block that is shared as a whole, but mapped in
+    /// granules, is given up first, and mapped by one entry.
+    fn remap(&self, state: &StateMap) -> Result<()> {
+        let shared = || {
+            let runs = state.runs_on(Side::Shared, self.range.granules());
+            runs.map(Range::from_granules)
+        };
+        for run in shared() {
+            let in_granules = |number: &usize| self.blocks.side(*number) != MAPPED;
+            for number in self.whole_blocks(run).filter(in_granules) {
+                let block = self.block.unwrap_or(GRANULE);
+                self.discard(Range::of_block(number as u64, block))?;
+            }
+        }
+        for run in shared() {
+            let mut missing = self.runs(run, MAPPED.other());
+            let mapped = missing.try_for_each(|run| self.map(run));
+            mapped.map_err(|(_, error)| Error::listener(error))?;
+        }
         Ok(())
     }
 
@@ -311,6 +385,48 @@ impl Listeners {
             .map(|mapper| mapper.restore(offsets))
             .max();
         unmapped.unwrap_or(0)
+    }
+
+    /// All listeners map what is shared; those with blocks by as few entries as if
+    /// they were added now. Goes on with the next listener where one fails.
+    pub(crate) fn remap(&self, state: &StateMap) -> Result<()> {
+        if !self.any() {
+            return Ok(());
+        }
+        let all = self.all();
+        let mapped = all.iter().map(|mapper| mapper.remap(state));
+        mapped.fold(Ok(()), Result::and)
+    }
+
+    /// Refuses a request to make `offsets` private that takes a part of an entry.
+    pub(crate) fn check_whole(&self, offsets: Range) -> Result<()> {
+        let all = self.all();
+        all.iter()
+            .try_for_each(|mapper| mapper.check_whole(offsets))
+    }
+
+    /// Refuses a request to share `offsets`, a run of private memory, for which not
+    /// enough entries are left; `demand` is what the request needs in all.
+    pub(crate) fn check_entries(&self, offsets: Range, demand: &mut Demand) -> Result<()> {
+        self.all().iter().try_for_each(|mapper| {
+            let left = mapper.listener.entries_left();
+            left.map_or(Ok(()), |left| {
+                demand.add(left, mapper.entries_needed(offsets))
+            })
+        })
+    }
+
+    /// How many bytes of `offsets` are not mapped by one of the listeners that is
+    /// told of them.
+    pub(crate) fn unmapped(&self, offsets: Range) -> u64 {
+        if !self.any() {
+            return 0;
+        }
+        let missing = |mapper: &Mapper| {
+            let runs = mapper.runs(offsets, MAPPED.other());
+            runs.map(|run| run.len()).sum()
+        };
+        self.all().iter().map(missing).max().unwrap_or(0)
     }
 
     /// How many bytes of `offsets` one of the listeners maps.

@@ -312,8 +312,22 @@ impl Region {
             return Err(Error::CannotLoad(self.name.clone()));
         }
         let wanted = StateMap::from_bytes(self.state.len(), bytes)?;
+        // Listeners give up everything, and map anew what is shared in the end: by
+        // the entries that they had may be neither the old state nor the new one.
+        {
+            let _held = self.lock.acquire(self.size);
+            self.listeners
+                .discard(self.size)
+                .inspect_err(|_| drop(self.listeners.remap(&self.state)))?;
+        }
+        let loaded = self.load_contents(&wanted);
+        let _held = self.lock.acquire(self.size);
+        loaded.and(self.listeners.remap(&self.state))
+    }
+
+    fn load_contents(&self, wanted: &StateMap) -> Result<()> {
         let mut contents = Vec::new();
-        for (to, piece) in pieces(&wanted, MOVED) {
+        for (to, piece) in pieces(wanted, MOVED) {
             let changes: Vec<_> = self.runs_on(to.other(), piece).collect();
             for offsets in changes {
                 contents.resize(offsets.len() as usize, 0);

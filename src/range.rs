@@ -107,11 +107,11 @@ impl Range {
         }
     }
 
-    /// As much from the start as has at most `limit` bytes (a multiple of the
-    /// granule).
-    pub(crate) fn head(&self, limit: u64) -> Range {
+    /// The part up to the next multiple of `unit` bytes (a multiple of the granule).
+    pub(crate) fn head(&self, unit: u64) -> Range {
+        let next = (self.start - self.start % unit).saturating_add(unit);
         Range {
-            end: self.end.min(self.start.saturating_add(limit)),
+            end: self.end.min(next),
             ..*self
         }
     }
@@ -132,6 +132,15 @@ impl Range {
         (start < end).then_some(Range { start, end })
     }
 
+    /// Block `number` of those of `size` bytes.
+    pub(crate) fn of_block(number: u64, size: u64) -> Range {
+        let start = number * size;
+        Range {
+            start,
+            end: start + size,
+        }
+    }
+
     /// The same bytes counted from another origin: `from` becomes `to`.
     /// `from` lies at or before the start, and `to + len` was checked before.
     pub(crate) fn rebase(&self, from: u64, to: u64) -> Range {
@@ -147,18 +156,13 @@ impl Range {
         (self.start / GRANULE) as usize..(self.end / GRANULE) as usize
     }
 
-    /// The range, cut at the multiples of `limit` bytes (a multiple of the granule).
-    pub(crate) fn pieces(self, limit: u64) -> impl Iterator<Item = Range> {
-        let Range { mut start, end } = self;
+    /// The range, cut at the multiples of `unit` bytes (a multiple of the granule).
+    pub(crate) fn pieces(self, unit: u64) -> impl Iterator<Item = Range> {
+        let mut rest = Some(self);
         std::iter::from_fn(move || {
-            (start < end).then(|| {
-                let piece = Range {
-                    start,
-                    end: end.min((start - start % limit).saturating_add(limit)),
-                };
-                start = piece.end;
-                piece
-            })
+            let piece = rest?.head(unit);
+            [_, rest] = self.without(&piece);
+            Some(piece)
         })
     }
 }
@@ -203,6 +207,9 @@ mod tests {
         assert_eq!(pieces.first().unwrap().start(), range.start());
         assert_eq!(pieces.last().unwrap().end(), range.end());
         assert!(pieces.windows(2).all(|p| p[0].end() == p[1].start()));
-        assert!(pieces.iter().all(|p| p.len() <= 4 * GRANULE));
+        let cuts = pieces[1..].iter().map(Range::start);
+        assert!(cuts.eq([4, 8, 12].map(|granule| granule * GRANULE)));
+        let last = Range::new(u64::MAX - GRANULE + 1 - GRANULE, GRANULE).unwrap();
+        assert!(last.pieces(1 << 63).eq([last]));
     }
 }

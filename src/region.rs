@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crate::convert::PIECE;
 use crate::counter::Counter;
 use crate::error::{Error, Result};
 use crate::failure::Failures;
@@ -271,19 +272,63 @@ impl Region {
 
     /// Back to the initial state, without private contents. For the reset of a
     /// machine, whose vCPUs do not run meanwhile. Refused after a launch with
-    /// initial contents, which nobody could give again.
+    /// initial contents, which nobody could give again; nothing has changed then.
+    ///
+    /// Whatever else fails, all that can be done is done: [`Error::Reset`] says
+    /// what is not, and the machine must not run on.
     pub fn reset(self: &Arc<Region>) -> Result<()> {
         self.vm.check_reset()?;
-        self.vm
-            .convert_offsets(self, self.size, self.options.initial)?;
+        let initial = self.options.initial;
+        if initial == Side::Private {
+            // At once: a listener gives up whole entries only. What it refuses to
+            // give up here, it is asked for again.
+            let _held = self.lock.acquire(self.size);
+            let _ = self.listeners.discard(self.size);
+        }
+        let _ = self.convert_all(initial);
+        let emptied = self.free_private();
+        // Once more, as there is more memory now.
+        let converted = self.convert_all(initial);
+        let _held = self.lock.acquire(self.size);
+        let allocated = match initial {
+            Side::Private => self.allocate(Side::Private, self.size),
+            Side::Shared => Ok(()),
+        };
+        let mapped = self.listeners.remap(&self.state);
+        let has_contents = emptied.is_err() && self.held(Side::Private) != Some(0);
+        let result = emptied.and(converted).and(allocated).and(mapped);
+        result.map_err(|cause| self.partly_reset(cause, has_contents))
+    }
+
+    /// Puts all of the region on one side, as far as that succeeds.
+    fn convert_all(&self, to: Side) -> Result<()> {
+        let pieces = self.size.pieces(PIECE);
+        let converted = pieces.map(|piece| self.vm.convert_offsets(self, piece, to));
+        converted.fold(Ok(()), Result::and)
+    }
+
+    /// Frees all private contents, kept ones included, as far as that succeeds.
+    fn free_private(self: &Arc<Region>) -> Result<()> {
         let bindings = self.vm.bindings();
         let _held = self.lock.acquire(self.size);
         self.invalidate(&bindings, self.size);
-        self.send_home(self.size)?;
-        self.private.punch(self.size)?;
-        match self.options.initial {
-            Side::Private => self.allocate(Side::Private, self.size),
-            Side::Shared => Ok(()),
+        let parts = self.parts(Side::Private, self.size);
+        let freed = parts.map(|part| part.punch()).fold(Ok(()), Result::and);
+        freed.and(self.send_home(self.size))
+    }
+
+    fn partly_reset(&self, cause: Error, has_contents: bool) -> Error {
+        let initial = self.options.initial;
+        let bytes = |runs: &mut dyn Iterator<Item = Range>| runs.map(|run| run.len()).sum();
+        let unmapped = self.runs_on(Side::Shared, self.size);
+        let stale = self.runs_on(Side::Private, self.size);
+        Error::Reset {
+            name: self.name.clone(),
+            has_contents,
+            left: bytes(&mut self.runs_on(initial.other(), self.size)),
+            unmapped: unmapped.map(|run| self.listeners.unmapped(run)).sum(),
+            stale: stale.map(|run| self.listeners.mapped(run)).sum(),
+            cause: Box::new(cause),
         }
     }
 

@@ -198,6 +198,58 @@ fn when_undo_fails_too_the_map_follows_the_kernel() {
     }
 }
 
+/// Whatever fails, no private contents are left, or the error says so; what could
+/// be put on its side is there, and the map is the kernel's.
+#[test]
+fn a_reset_that_fails_leaves_no_private_contents() {
+    let fails: [fn(usize) -> Fail; 3] = [
+        |number| Fail::Once(number, libc::ENOMEM),
+        |number| Fail::Twice(number, libc::ENOMEM),
+        |number| Fail::From(number, libc::ENOMEM),
+    ];
+    let (mut done, mut partly) = (0, 0);
+    for (fail, number) in fails.into_iter().flat_map(|f| (0..40).map(move |n| (f, n))) {
+        let setup = Setup::new();
+        let region = &setup.regions[0];
+        setup.kernel.discards.store(true, Ordering::Relaxed);
+        setup.kernel.set_fail(fail(number));
+        let result = region.reset();
+        setup.assert_map_is_the_kernels();
+        let info = region.info();
+        match result {
+            Ok(()) => done += 1,
+            Err(Error::Reset {
+                has_contents, left, ..
+            }) => {
+                partly += 1;
+                assert_eq!(left, info.private);
+                assert_eq!(has_contents, info.private_held != Some(0), "call {number}");
+                // Whoever tries again, succeeds.
+                setup.kernel.set_fail(Fail::Never);
+                region.reset().unwrap();
+            }
+            Err(other) => panic!("{other}"),
+        }
+        assert_eq!(
+            (region.info().private, region.info().private_held),
+            (0, Some(0))
+        );
+    }
+    assert!(done > 10 && partly > 10, "{done} {partly}");
+}
+
+/// What a conversion takes before it frees the other side, a reset has afterwards.
+#[test]
+fn a_reset_has_the_memory_that_it_frees() {
+    let setup = Setup::new();
+    let region = &setup.regions[0];
+    setup.kernel.discards.store(true, Ordering::Relaxed);
+    // The first call: the attribute of the first run.
+    setup.kernel.set_fail(Fail::Once(0, libc::ENOMEM));
+    region.reset().unwrap();
+    assert_eq!(region.info().private, 0);
+}
+
 #[test]
 fn an_interrupted_call_is_repeated() {
     let setup = Setup::new();

@@ -3,6 +3,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use common::{Fail, Mapper, Model, vm_with_region};
 use privmem::{Error, GRANULE, Listener, Region, Side, Vm};
@@ -262,6 +263,51 @@ fn a_listener_may_be_told_of_a_part() {
         let error = setup.region.add_listener(wrong).unwrap_err();
         assert_eq!(error.errno(), libc::EINVAL);
     }
+}
+
+/// The memory is as after a reset, whatever a device still reaches, or does not.
+#[test]
+fn a_listener_that_refuses_does_not_keep_private_contents() {
+    let setup = Setup::with_block(Some(4));
+    setup.kernel.discards.store(true, Ordering::Relaxed);
+    // The calls before are the kernel's, for six granules.
+    let mut refused = 0;
+    for number in 0..60 {
+        setup.kernel.set_fail(Fail::Never);
+        for private in [2..4, 7..8, 15..17] {
+            // Where a block has come, all of it.
+            let blocks = private.start / 4 * 4..(private.end - 1) / 4 * 4 + 4;
+            common::convert(&setup.vm, blocks.clone(), Side::Private).unwrap();
+            for granule in blocks {
+                setup.kernel.touch(&setup.region, Side::Private, granule);
+            }
+        }
+        setup.kernel.set_fail(Fail::From(number, libc::ENOSPC));
+        let result = setup.region.reset();
+        let info = setup.region.info();
+        if let Err(Error::Reset {
+            unmapped,
+            left: 0,
+            has_contents: false,
+            ..
+        }) = &result
+        {
+            refused += 1;
+            assert_eq!((info.private, info.private_held), (0, Some(0)));
+            let mapped = setup.mappers[1].mapped().len() as u64;
+            assert_eq!(*unmapped, (GRANULES - mapped) * GRANULE);
+            let text = result.unwrap_err().to_string();
+            assert!(text.contains("has no private contents"), "{text}");
+            assert!(text.contains("does not map"), "{text}");
+        }
+        // The next one puts all right.
+        setup.kernel.set_fail(Fail::Never);
+        setup.region.reset().unwrap();
+        setup.assert_mapped_is_shared("after a reset");
+        let blocks: Vec<_> = (0..GRANULES / 4).map(|n| 4 * n..4 * n + 4).collect();
+        assert_eq!(setup.mappers[1].entries(), blocks);
+    }
+    assert!(refused > 3, "{refused}");
 }
 
 #[test]

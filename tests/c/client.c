@@ -130,6 +130,13 @@ static int mapper_populate(void *opaque, uint64_t offset, uint64_t size)
     return 0;
 }
 
+static uint64_t mapper_entries_left(void *opaque)
+{
+    struct mapper *mapper = opaque;
+
+    return mapper->limit / PAGE - mapper->entries;
+}
+
 static void listeners_are_told(const struct privmem_vm *vm,
                                const struct privmem_region *region)
 {
@@ -187,6 +194,26 @@ static void listeners_are_told(const struct privmem_vm *vm,
     CHECK(mapper.mapped == 3 * PAGE && mapper.entries == 3);
     CHECK(privmem_region_remove_listener(region, &mapper) == 0);
     CHECK(mapper.mapped == 0 && mapper.entries == 0);
+
+    /* One that says how many entries are left: it is not asked for more. */
+    CHECK(convert(vm, 0, PAGES * PAGE, false) == 0);
+    listener.granularity = PAGE;
+    listener.offset = listener.length = 0;
+    mapper.limit = PAGES * PAGE;
+    /* As a caller has it that was compiled before there was that function. */
+    listener.size = offsetof(struct privmem_listener, entries_left);
+    CHECK(privmem_region_add_listener(region, &listener) == 0);
+    CHECK(privmem_region_remove_listener(region, &mapper) == 0);
+    listener.size = sizeof(listener);
+    listener.entries_left = mapper_entries_left;
+    CHECK(privmem_region_add_listener(region, &listener) == 0);
+    CHECK(convert(vm, 0, 4 * PAGE, true) == 0);
+    mapper.limit -= PAGE;
+    CHECK(convert(vm, 0, 4 * PAGE, false) == -ENOSPC);
+    CHECK(strstr(privmem_last_error(), "no DMA mapping is left"));
+    CHECK(convert(vm, 0, 3 * PAGE, false) == 0);
+    CHECK(mapper.entries == PAGES - 1);
+    CHECK(privmem_region_remove_listener(region, &mapper) == 0);
     CHECK(convert(vm, 0, PAGES * PAGE, false) == 0);
 }
 
