@@ -84,6 +84,11 @@ enum privmem_page_type {
 };
 
 /**
+ * A request to convert memory that is being done.
+ */
+struct privmem_conversion;
+
+/**
  * Private-capable guest memory of fixed size.
  */
 struct privmem_region;
@@ -656,7 +661,8 @@ int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
  * Makes `size` bytes at guest-physical `gpa` private, or shared; or as many
  * from the start as can be done in bounded time. `*done` receives the number
  * of bytes done, never 0: repeat the call for the rest, if any, and let others
- * run in between.
+ * run in between. `privmem_conversion_new` is for callers that want all of a
+ * request done, or nothing of it.
  *
  * What is on that side already stays as it is; what changes side reads zero, or
  * what a store has kept (`keep_private`, `keep_shared`),
@@ -668,9 +674,11 @@ int privmem_vm_unbind(const struct privmem_vm *vm, uint64_t gpa, uint64_t size);
  * about in order of arrival; none waits for ever.
  *
  * Errors: -EINVAL for a range that is unaligned, empty, wraps, or is not all
- * bound; otherwise what the kernel or a listener returned. A call that failed
- * is undone; where contents were lost or the kernel would not go back, the
- * message says how many bytes.
+ * bound; -EBUSY where it takes a part of a listener's block; -ENOSPC where a
+ * listener has not enough entries left for all of it. Nothing has changed then.
+ * Otherwise what the kernel, the trust agent or a listener returned: the call is
+ * undone, but calls before it are not. Where memory has lost its contents or could
+ * not be put back, the message says how many bytes.
  *
  * # Safety
  * `vm` is NULL or a live handle; `done` is NULL or valid for writing.
@@ -680,6 +688,54 @@ int privmem_vm_convert(const struct privmem_vm *vm,
                        uint64_t size,
                        bool to_private,
                        uint64_t *done);
+
+/**
+ * Begins a request to make `size` bytes at guest-physical `gpa` private, or shared,
+ * which is done by calls of `privmem_conversion_step`. `conversion` receives a
+ * handle for `privmem_conversion_free`. The numbers come from the guest and may be
+ * anything; what they may be is said at `privmem_vm_convert`.
+ *
+ * Errors: -EINVAL for NULL and for a range that is unaligned, empty or wraps.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle; `conversion` is NULL or valid for writing.
+ */
+int privmem_conversion_new(const struct privmem_vm *vm,
+                           uint64_t gpa,
+                           uint64_t size,
+                           bool to_private,
+                           struct privmem_conversion **conversion);
+
+/**
+ * Does the next step of a request, in bounded time. `*left` receives how many bytes
+ * are left, 0 at the end: call it again for these, and let others run in between.
+ *
+ * Where a step fails, those before it are undone, by further steps, which `*left`
+ * asks for as well; the last one of these returns the error. All that the request has
+ * changed is on its old side again then. What does not come back are the contents
+ * that the steps had freed: that memory reads zero, and the message says how many
+ * bytes that is, and how many could not be put back. A request that is refused
+ * beforehand, for the reasons given at `privmem_vm_convert`, has changed nothing.
+ *
+ * Any thread, one at a time; may sleep. Requests for overlapping memory wait for
+ * each other, step by step; what two requests for the same side have both asked for
+ * goes back with the one that fails. Memory slots may change between steps.
+ *
+ * Errors: those of `privmem_vm_convert`. There is nothing left to do then.
+ *
+ * # Safety
+ * `conversion` is NULL or a live handle; `left` is NULL or valid for writing.
+ */
+int privmem_conversion_step(struct privmem_conversion *conversion, uint64_t *left);
+
+/**
+ * Frees the handle of a request; NULL is ignored. What is done of a request that is
+ * not at its end stays as it is.
+ *
+ * # Safety
+ * `conversion` is NULL or a handle of this library that nobody uses now or later.
+ */
+void privmem_conversion_free(struct privmem_conversion *conversion);
 
 /**
  * Maps for the guest what it may reach of `size` bytes at guest-physical `gpa`,
@@ -1029,7 +1085,8 @@ bool privmem_region_host_access(const struct privmem_region *region,
 
 /**
  * The failed request that came `index` before the last one of a VM, from 0.
- * Some of the last are kept: those of `privmem_vm_convert`. `failed_size` is
+ * Some of the last are kept: those of `privmem_vm_convert`, and of
+ * `privmem_conversion_step` with all that was asked for. `failed_size` is
  * `sizeof(struct privmem_failed_conversion)` as the caller was compiled. Any thread.
  *
  * Errors: -ENOENT where there is none or it is not kept; -EINVAL for NULL or a

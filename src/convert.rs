@@ -25,6 +25,7 @@ use crate::listener::Demand;
 use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeGuard;
 use crate::region::Region;
+use crate::request::Changed;
 use crate::state::Side;
 use crate::vm::{Binding, Bindings, Vm, overlapping, seen};
 
@@ -171,19 +172,28 @@ impl Vm {
     /// guests send such requests for MMIO.
     ///
     /// Callable from any thread. Requests for overlapping memory wait for each
-    /// other, about in order of arrival. All or nothing: on failure the range is as
-    /// it was, or the error is [`Error::Undone`] and says what is not.
+    /// other, about in order of arrival. Refused, with nothing changed, where it can
+    /// be known that all of the range cannot be converted. On failure the range is
+    /// as it was, or the error is [`Error::Undone`] and says what is not; but what
+    /// calls before this one have done stays: see [`Vm::request`].
     pub fn convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
-        self.try_convert(gpa, size, to)
+        let request = Range::new(gpa, size);
+        request
+            .and_then(|request| self.step(request, to, None))
             .inspect_err(|error| self.failed.add(gpa, size, to, error))
     }
 
-    fn try_convert(&self, gpa: u64, size: u64, to: Side) -> Result<u64> {
-        let request = Range::new(gpa, size)?;
+    /// As [`Vm::convert`]; says what has changed, if another step follows.
+    pub(crate) fn step(
+        &self,
+        request: Range,
+        to: Side,
+        changed: Option<&mut Changed>,
+    ) -> Result<u64> {
         let bindings = self.bindings();
         let segments = resolve(&bindings, request);
-        let result =
-            check_covered(&segments, request, to).and_then(|()| run(&segments, to, Maps::Now));
+        let result = check_covered(&segments, request, to)
+            .and_then(|()| run(&segments, to, Maps::Now, changed));
         let end = match &result {
             Ok(Some(Segment {
                 gpa: Some(rest), ..
@@ -192,6 +202,29 @@ impl Vm {
         };
         count(&segments, end, result.is_ok());
         result.map(|_| end - request.start())
+    }
+
+    /// Puts memory back that a request has converted; returns as much of it as is.
+    pub(crate) fn step_back(&self, gpa: Range, to: Side) -> Result<Range> {
+        let bindings = self.bindings();
+        let segments = resolve(&bindings, gpa);
+        let rest = run(&segments, to, Maps::Now, None)?;
+        let rest = rest.and_then(|rest| rest.gpa);
+        Ok(rest.and_then(|rest| gpa.without(&rest)[0]).unwrap_or(gpa))
+    }
+
+    /// Of memory that was put back to side `to`: how many bytes have lost their
+    /// contents, and how many are still on the other side.
+    pub(crate) fn undone(&self, gpa: Range, to: Side) -> (u64, u64) {
+        let bindings = self.bindings();
+        let segments = resolve(&bindings, gpa);
+        segments.iter().fold((0, 0), |(lost, stuck), segment| {
+            let runs = segment.region.runs_on(to, segment.offsets);
+            let back: u64 = runs.map(|run| run.len()).sum();
+            let kept = segment.region.keeps(to);
+            let emptied = if kept { 0 } else { back };
+            (lost + emptied, stuck + segment.offsets.len() - back)
+        })
     }
 
     /// Gives the bytes at guest-physical `gpa` their initial contents, before
@@ -271,14 +304,14 @@ impl Vm {
             gpa: Some(gpa),
         });
         let bound: Vec<_> = bound.collect();
-        while run(&bound, to, Maps::Later)?.is_some() {}
+        while run(&bound, to, Maps::Later, None)?.is_some() {}
         // What is bound is on its side now; the rest needs no attributes.
         let all = Segment {
             region,
             offsets,
             gpa: None,
         };
-        while run(&[all], to, Maps::Later)?.is_some() {}
+        while run(&[all], to, Maps::Later, None)?.is_some() {}
         Ok(())
     }
 
@@ -414,8 +447,14 @@ enum Maps {
 }
 
 /// Converts `segments`, as far as one step goes; returns the first piece that
-/// is left for the next one.
-fn run<'a>(segments: &[Segment<'a>], to: Side, maps: Maps) -> Result<Option<Segment<'a>>> {
+/// is left for the next one. If there is one, what has changed is added to
+/// `changed`; all of it is guest-physical then.
+fn run<'a>(
+    segments: &[Segment<'a>],
+    to: Side,
+    maps: Maps,
+    mut changed: Option<&mut Changed>,
+) -> Result<Option<Segment<'a>>> {
     let _guards = lock(segments);
     if maps == Maps::Now {
         check_listeners(segments, to)?;
@@ -423,16 +462,33 @@ fn run<'a>(segments: &[Segment<'a>], to: Side, maps: Maps) -> Result<Option<Segm
     let Some((step, rest)) = Step::of(segments, to, maps) else {
         return Ok(None);
     };
+    match (&mut changed, rest) {
+        (Some(changed), Some(_)) => changed.prepare(span(segments))?,
+        _ => changed = None,
+    }
     let mut done = Done::default();
     match convert(&step, &mut done) {
         Ok(()) => {
             step.each(|_, change| {
                 change.publish(to);
                 change.after(to);
+                if let (Some(changed), Some(gpa)) = (&changed, change.gpa) {
+                    changed.add(gpa);
+                }
             });
             Ok(rest)
         }
         Err(cause) => Err(undo(&step, &done, cause)),
+    }
+}
+
+/// From the first to the last byte of bound memory, guest-physical.
+fn span(segments: &[Segment]) -> Range {
+    let seen = |segment: Option<&Segment>| segment.and_then(|segment| segment.gpa);
+    match (seen(segments.first()), seen(segments.last())) {
+        (Some(first), Some(last)) => first.through(&last),
+        // Of no binding, and so of no guest's request.
+        _ => segments[0].offsets,
     }
 }
 
@@ -756,17 +812,7 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
         // Only now is it known which huge pages have nothing shared.
         step.each(|_, change| change.region.punch_huge_pages(change.offsets));
     }
-    if [contents_lost, stuck, unmapped, stale] == [0; 4] {
-        return cause;
-    }
-    let cause = Box::new(cause);
-    Error::Undone {
-        cause,
-        contents_lost,
-        stuck,
-        unmapped,
-        stale,
-    }
+    Error::undone(cause, contents_lost, stuck, unmapped, stale)
 }
 
 /// Counts the request for each region of which it is done up to `end`.

@@ -297,6 +297,27 @@ impl Error {
         }
     }
 
+    /// [`Error::Undone`], or its cause where all is as it was.
+    pub(crate) fn undone(
+        cause: Error,
+        contents_lost: u64,
+        stuck: u64,
+        unmapped: u64,
+        stale: u64,
+    ) -> Error {
+        if [contents_lost, stuck, unmapped, stale] == [0; 4] {
+            return cause;
+        }
+        let cause = Box::new(cause);
+        Error::Undone {
+            cause,
+            contents_lost,
+            stuck,
+            unmapped,
+            stale,
+        }
+    }
+
     /// What keeps the guest off memory that moves could not be had.
     pub(crate) fn userfaultfd(source: io::Error) -> Self {
         let hint = match source.raw_os_error() {

@@ -20,6 +20,7 @@
 //! | `failed` | the last requests that failed |
 //! | `counter` | figures that many threads raise |
 //! | `convert` | the conversion path, its order and its undo |
+//! | `request` | a guest's request, done and undone in steps of that path |
 //! | `places` | where private contents lie that were moved |
 //! | [`relocate`] | moving private contents while the guest runs |
 //! | [`failure`] | pages that the host has lost: retired, recorded, told |
@@ -46,6 +47,7 @@ pub mod range;
 mod range_lock;
 pub mod region;
 pub mod relocate;
+mod request;
 pub mod state;
 pub mod store;
 mod sync;
@@ -58,5 +60,6 @@ pub use listener::{EntriesLeft, Listener};
 pub use range::{GRANULE, Range};
 pub use region::{Info, Options, Region};
 pub use relocate::{Destination, Level};
+pub use request::Conversion;
 pub use state::{Side, StateMap};
 pub use vm::Vm;

@@ -170,6 +170,21 @@ impl Machine {
         }
     }
 
+    fn request(&self, gpa: u64, size: u64, to_private: bool) -> bool {
+        let (mut conversion, mut left) = (null_mut(), u64::MAX);
+        unsafe {
+            if privmem_conversion_new(self.vm, gpa, size, to_private, &mut conversion) != 0 {
+                return false;
+            }
+            let mut ret = 0;
+            while ret == 0 && left != 0 {
+                ret = privmem_conversion_step(conversion, &mut left);
+            }
+            privmem_conversion_free(conversion);
+            ret == 0
+        }
+    }
+
     fn hostile(&self, mut seed: u64) {
         let mut request = Request::default();
         seed |= 1;
@@ -206,7 +221,7 @@ impl Machine {
                     gpa,
                     size,
                     to_private,
-                } => drop(self.convert(gpa, size, to_private)),
+                } => drop(self.request(gpa, size, to_private)),
                 Call::Fault {
                     gpa,
                     size,

@@ -585,6 +585,35 @@ static void regions_have_options(void)
     privmem_vm_free(vm);
 }
 
+static void requests_are_done_in_steps(const struct privmem_vm *vm)
+{
+    struct privmem_conversion *conversion = NULL;
+    struct privmem_failed_conversion failed;
+    uint64_t left = 1;
+
+    CHECK(privmem_conversion_new(NULL, 0, PAGE, true, &conversion) == -EINVAL);
+    CHECK(privmem_conversion_new(vm, 0, PAGE, true, NULL) == -EINVAL);
+    CHECK(privmem_conversion_new(vm, 0, 7, true, &conversion) == -EINVAL);
+    CHECK(privmem_conversion_step(NULL, &left) == -EINVAL);
+    CHECK(conversion == NULL);
+    privmem_conversion_free(NULL);
+
+    CHECK(privmem_conversion_new(vm, 0, 2 * PAGE, true, &conversion) == 0);
+    CHECK(privmem_conversion_step(conversion, NULL) == -EINVAL);
+    CHECK(privmem_conversion_step(conversion, &left) == 0 && left == 0);
+    privmem_conversion_free(conversion);
+    CHECK(convert(vm, 0, 2 * PAGE, false) == 0);
+
+    /* Not all of it is bound. */
+    CHECK(privmem_conversion_new(vm, 0, (PAGES + 1) * PAGE, true,
+                                 &conversion) == 0);
+    CHECK(privmem_conversion_step(conversion, &left) == -EINVAL);
+    CHECK(privmem_vm_failed_conversion(vm, 0, &failed, sizeof(failed)) == 0);
+    CHECK(failed.gpa == 0 && failed.size == (PAGES + 1) * PAGE);
+    CHECK(privmem_conversion_step(conversion, &left) == 0 && left == 0);
+    privmem_conversion_free(conversion);
+}
+
 int main(void)
 {
     struct privmem_vm *vm = NULL, *other_vm = NULL;
@@ -665,6 +694,7 @@ int main(void)
     bad_arguments_are_refused(vm, region);
     convert_in_threads(vm);
     listeners_are_told(vm, region);
+    requests_are_done_in_steps(vm);
     private_memory_moves(vm, region, host);
     CHECK(convert(vm, 0, PAGES * PAGE, true) == 0);
     CHECK(privmem_region_reset(region) == 0);

@@ -171,10 +171,10 @@ impl Mapper {
     fn check_shared(&self, offsets: Range, when: &str) {
         let region = self.region.upgrade().unwrap();
         let fd = region.store(Side::Shared).fd().as_raw_fd();
-        let private = self.kernel.pages().private;
+        let pages = self.kernel.pages.lock().unwrap();
         for place in self.kernel.places.lock().unwrap().iter() {
             let ours = place.shared == fd && granules(offsets).contains(&place.granule);
-            if ours && private.contains(&place.gpa) {
+            if ours && pages.private.contains(&place.gpa) {
                 self.kernel
                     .broke(format!("{when} private granule {}", place.granule));
             }
@@ -486,9 +486,12 @@ impl Kernel for Model {
     }
 
     fn set_memory_attributes(&self, _: BorrowedFd, gpa: Range, attributes: u64) -> io::Result<()> {
-        for granule in granules(gpa) {
-            if !self.busy.lock().unwrap().insert(granule) {
-                self.broke(format!("granule {granule} set by two at once"));
+        {
+            let mut busy = self.busy.lock().unwrap();
+            for granule in granules(gpa) {
+                if !busy.insert(granule) {
+                    self.broke(format!("granule {granule} set by two at once"));
+                }
             }
         }
         // Let others come in between, so that missing locks show.
