@@ -25,7 +25,8 @@ int main(void)
 {
     struct privmem_vm *vm;
     struct privmem_region *region;
-    uint64_t gpa = SIZE / 4, end = SIZE / 2, done;
+    struct privmem_conversion *conversion;
+    uint64_t left;
     char picture[65];
     void *host;
 
@@ -41,9 +42,11 @@ int main(void)
     check(privmem_vm_bind(vm, region, 0, 0, SIZE));
 
     /* What the guest asks for may take several steps. */
-    for (; gpa < end; gpa += done) {
-        check(privmem_vm_convert(vm, gpa, end - gpa, true, &done));
-    }
+    check(privmem_conversion_new(vm, SIZE / 4, SIZE / 4, true, &conversion));
+    do {
+        check(privmem_conversion_step(conversion, &left));
+    } while (left != 0);
+    privmem_conversion_free(conversion);
     check(privmem_region_picture(region, picture, sizeof(picture)));
     printf("[%s]\n", picture);
 

@@ -9,6 +9,7 @@ function topic(name) {
     if (name ~ /listener$/) return "listeners"
     if (name ~ /_(un)?bind(ing)?$/) return "bindings"
     if (name ~ /_(convert|memory_fault)$/) return "conversions"
+    if (name ~ /^privmem_conversion/) return "conversions"
     if (name ~ /_(failure|memory_failure)$/) return "failures"
     if (name ~ /_relocate$/) return "relocation"
     if (name ~ /_(info|run|next_run|picture|host_access|UNKNOWN)$/) return "inspection"

@@ -16,6 +16,9 @@
  *              the library's, those that are handed in stay the caller's.
  *   Callbacks  Only those of struct privmem_listener and struct privmem_agent,
  *              see there.
+ *   Structs    Those that are handed in begin with their size. What an older
+ *              caller does not have is zero; what a newer one has that this
+ *              library does not know must be zero, or it is refused (-E2BIG).
  *   Numbers    Sizes, offsets and addresses are in bytes.
  *
  * Generated from src/ffi.rs by `cargo xtask header`; do not edit.
@@ -552,8 +555,8 @@ int privmem_vm_snp_set_finish(const struct privmem_vm *vm, const void *finish, s
  * side of memory (see `privmem_vm_new_kvm`); with -1 the VMM's mapping does
  * (see `privmem_vm_new_emulated`). The table is copied.
  *
- * Errors: -EINVAL for NULL or a table that is too small, and those of the two
- * functions.
+ * Errors: -EINVAL for NULL or a table that is too small; -E2BIG for one with fields
+ * that are not zero and that only a newer library has; those of the two functions.
  *
  * # Safety
  * `vm` is NULL or valid for writing; `vm_fd` stays open as said there; `agent`
@@ -881,7 +884,12 @@ int privmem_vm_relocate(const struct privmem_vm *vm,
  * `options`, which may be NULL for the defaults. `region` receives a handle
  * for `privmem_region_free`.
  *
- * Errors: -EINVAL for a bad size or bad options; -EMFILE, -ENFILE, -ENOMEM,
+ * KVM makes the fd of a private store without close-on-exec, which the library adds
+ * right after: a thread that forks and executes a program at that moment leaves
+ * the fd to it.
+ *
+ * Errors: -EINVAL for a bad size or bad options; -E2BIG for options with fields that
+ * are not zero and that only a newer library has; -EMFILE, -ENFILE, -ENOMEM,
  * -EFBIG as memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
  *
  * # Safety
@@ -1015,7 +1023,8 @@ int privmem_region_private_fd(const struct privmem_region *region);
  * copied. Waits for conversions that run.
  *
  * Errors: -EINVAL for NULL, a table that is too small, lacks a function, or has a
- * range or a granularity that cannot be; -EEXIST where one with this `opaque` is
+ * range or a granularity that cannot be; -E2BIG for one with fields that are not
+ * zero and that only a newer library has; -EEXIST where one with this `opaque` is
  * registered; what the listener returned, which is not registered then.
  *
  * # Safety

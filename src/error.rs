@@ -12,6 +12,12 @@ pub enum Error {
     #[error("{0}")]
     InvalidArgument(String),
 
+    #[error(
+        "{what} has fields that this library does not know, and that are not zero: it is older than \
+         its caller"
+    )]
+    UnknownFields { what: &'static str },
+
     #[error("{what} {value:#x} is not a multiple of the granule of 4096 bytes")]
     Unaligned { what: &'static str, value: u64 },
 
@@ -265,6 +271,7 @@ impl Error {
             | Error::Overflow { .. }
             | Error::OutsideRegion(..)
             | Error::NotPrivateCapable { .. } => libc::EINVAL,
+            Error::UnknownFields { .. } => libc::E2BIG,
             Error::AlreadyBound { .. } | Error::AlreadyListening => libc::EEXIST,
             Error::NotBound(_)
             | Error::NoSuchBinding { .. }

@@ -123,13 +123,14 @@ pub struct privmem_agent {
         Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, size: u64, is_private: bool)>,
     /// Whether the guest says by its access which side it means (TDX's shared
     /// bit, SEV's C-bit): see `privmem_vm_memory_fault`.
-    pub chooses_side: bool,
+    pub chooses_side: privmem_bool,
 }
 
 /// A [`privmem_agent`] whose name is ours.
 struct CAgent {
     name: String,
     table: privmem_agent,
+    chooses_side: bool,
 }
 
 // SAFETY: whoever brings an agent promises that its functions may be called
@@ -252,7 +253,7 @@ impl Agent for CAgent {
     }
 
     fn chooses_side(&self) -> bool {
-        self.table.chooses_side
+        self.chooses_side
     }
 }
 
@@ -277,15 +278,15 @@ pub struct privmem_region_options {
     /// emulated agent.
     pub huge_page_size: u64,
     /// Whether all of the region is private at first, and after a reset.
-    pub initially_private: bool,
+    pub initially_private: privmem_bool,
     /// Whether the private store keeps pages, contents included, when memory
     /// becomes shared: memory may be held twice then.
-    pub keep_private: bool,
+    pub keep_private: privmem_bool,
     /// Whether the shared store keeps pages when memory becomes private.
-    pub keep_shared: bool,
+    pub keep_shared: privmem_bool,
     /// Whether `privmem_vm_prefault` maps memory of this region. Not with the
     /// emulated agent.
-    pub prefault: bool,
+    pub prefault: privmem_bool,
 }
 
 /// A request to convert memory that failed.
@@ -756,8 +757,8 @@ pub unsafe extern "C" fn privmem_vm_snp_set_finish(
 /// side of memory (see `privmem_vm_new_kvm`); with -1 the VMM's mapping does
 /// (see `privmem_vm_new_emulated`). The table is copied.
 ///
-/// Errors: -EINVAL for NULL or a table that is too small, and those of the two
-/// functions.
+/// Errors: -EINVAL for NULL or a table that is too small; -E2BIG for one with fields
+/// that are not zero and that only a newer library has; those of the two functions.
 ///
 /// # Safety
 /// `vm` is NULL or valid for writing; `vm_fd` stays open as said there; `agent`
@@ -791,7 +792,11 @@ pub unsafe extern "C" fn privmem_vm_new_agent(
             // SAFETY: stays open, by contract.
             fd => Some(unsafe { static_fd(fd, "the VM fd") }?),
         };
-        let agent = Arc::new(CAgent { name, table });
+        let agent = Arc::new(CAgent {
+            name,
+            table,
+            chooses_side: table.chooses_side.get("chooses_side")?,
+        });
         let new = Vm::with_agent(Arc::new(Linux), fd, agent)?;
         // SAFETY: `vm` is as `put` wants it, by contract.
         unsafe { put_new(vm, privmem_vm(new, Launch::Plain), "vm") }
@@ -1325,7 +1330,12 @@ pub unsafe extern "C" fn privmem_vm_relocate(
 /// `options`, which may be NULL for the defaults. `region` receives a handle
 /// for `privmem_region_free`.
 ///
-/// Errors: -EINVAL for a bad size or bad options; -EMFILE, -ENFILE, -ENOMEM,
+/// KVM makes the fd of a private store without close-on-exec, which the library adds
+/// right after: a thread that forks and executes a program at that moment leaves
+/// the fd to it.
+///
+/// Errors: -EINVAL for a bad size or bad options; -E2BIG for options with fields that
+/// are not zero and that only a newer library has; -EMFILE, -ENFILE, -ENOMEM,
 /// -EFBIG as memfd_create, ftruncate or KVM_CREATE_GUEST_MEMFD return them.
 ///
 /// # Safety
@@ -1368,26 +1378,30 @@ unsafe fn region_options(options: *const privmem_region_options) -> Result<Optio
         versioned(options, &raw const (*options).size, all, "options")
     }?;
     Ok(Options {
-        initial: side(options.initially_private),
-        keep_private: options.keep_private,
-        keep_shared: options.keep_shared,
+        initial: side(options.initially_private.get("initially_private")?),
+        keep_private: options.keep_private.get("keep_private")?,
+        keep_shared: options.keep_shared.get("keep_shared")?,
         huge_page: Some(options.huge_page_size).filter(|size| *size != 0),
-        prefault: options.prefault,
+        prefault: options.prefault.get("prefault")?,
     })
 }
 
 /// Copies a struct that starts with its own size, as the caller knows it: of
 /// its first version, of `least` bytes, or a later one. Fields that an older
-/// caller does not have are zero.
+/// caller does not have are zero; those that only a newer one has must be.
+///
+/// A new field is not put into the padding at the end of a struct, where older
+/// callers may have anything.
 ///
 /// # Safety
 /// `table` is not NULL and `size` points to its first field; as many bytes as
-/// that says are valid for reading. Zeroes are valid for fields beyond `least`.
+/// that says are valid for reading. Any bytes are a valid `T`, as far as they
+/// come from C.
 unsafe fn versioned<T: Copy>(
     table: *const T,
     size: *const usize,
     least: usize,
-    what: &str,
+    what: &'static str,
 ) -> Result<T> {
     // SAFETY: valid for reading, by contract.
     let size = unsafe { size.read() };
@@ -1395,12 +1409,38 @@ unsafe fn versioned<T: Copy>(
         let text = format!("{what} of {size} bytes is too small for this library");
         return Err(Error::InvalidArgument(text));
     }
+    let from = table.cast::<u8>();
+    let mut unknown = size_of::<T>()..size;
+    // SAFETY: as many bytes as `size` says.
+    if unknown.any(|at| unsafe { from.add(at).read() } != 0) {
+        return Err(Error::UnknownFields { what });
+    }
     let mut copy = MaybeUninit::<T>::zeroed();
-    let (from, to) = (table.cast::<u8>(), copy.as_mut_ptr().cast::<u8>());
     // SAFETY: as many bytes as both have; the rest is zero, which is valid.
     unsafe {
+        let to = copy.as_mut_ptr().cast::<u8>();
         to.copy_from_nonoverlapping(from, size.min(size_of::<T>()));
         Ok(copy.assume_init())
+    }
+}
+
+/// A `bool` in a struct that C hands over. It may have any value there, by a mistake
+/// or because it was never set, which would be undefined in a `bool` of Rust's.
+/// (The header has `bool`: see cbindgen.toml.)
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct privmem_bool(u8);
+
+impl privmem_bool {
+    fn get(self, what: &str) -> Result<bool> {
+        match self.0 {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => {
+                let text = format!("{what} is {other}, and neither true nor false");
+                Err(Error::InvalidArgument(text))
+            }
+        }
     }
 }
 
@@ -1612,7 +1652,8 @@ unsafe fn store_fd(region: *const privmem_region, side: Side) -> c_int {
 /// copied. Waits for conversions that run.
 ///
 /// Errors: -EINVAL for NULL, a table that is too small, lacks a function, or has a
-/// range or a granularity that cannot be; -EEXIST where one with this `opaque` is
+/// range or a granularity that cannot be; -E2BIG for one with fields that are not
+/// zero and that only a newer library has; -EEXIST where one with this `opaque` is
 /// registered; what the listener returned, which is not registered then.
 ///
 /// # Safety

@@ -426,12 +426,23 @@ static void a_client_brings_its_own_agent(void)
         .memory_failure = agent_memory_failure,
         .chooses_side = true,
     };
+    struct {
+        struct privmem_agent table;
+        uint64_t unknown;
+    } newer = { .unknown = UINT64_C(1) << 63 };
     struct privmem_vm *vm = NULL;
     struct privmem_region *region = NULL;
 
     CHECK(privmem_vm_new_agent(-1, NULL, &vm) == -EINVAL);
     an_older_agent_moves_nothing(table);
     CHECK(privmem_vm_new_agent(-2, &table, &vm) == -EINVAL);
+    newer.table = table;
+    newer.table.size = sizeof(newer);
+    CHECK(privmem_vm_new_agent(-1, &newer.table, &vm) == -E2BIG);
+    memset(&newer.table.chooses_side, 0xff, sizeof(bool));
+    newer.table.size = sizeof(table);
+    CHECK(privmem_vm_new_agent(-1, &newer.table, &vm) == -EINVAL);
+    CHECK(strstr(privmem_last_error(), "chooses_side is 255"));
     CHECK(privmem_vm_new_agent(-1, &table, &vm) == 0);
     CHECK(privmem_vm_set_tdx_vcpu(vm, 0) == -EINVAL);
     CHECK(privmem_vm_snp_set_start(vm, source, 64) == -EINVAL);
@@ -455,6 +466,9 @@ static void a_client_brings_its_own_agent(void)
     memset(source, 3, PAGE);
     memset(source + PAGE, 4, PAGE);
     CHECK(privmem_vm_populate(vm, 0, PAGE, source, 0) == -EINVAL);
+    CHECK(privmem_vm_populate(vm, 0, PAGE, source, 7) == -EINVAL);
+    CHECK(strstr(privmem_last_error(), "7 is no type of a page"));
+    CHECK(privmem_vm_populate(vm, 0, PAGE, source, UINT32_MAX) == -EINVAL);
     CHECK(privmem_vm_populate(vm, 0, UINT64_MAX, source, 1) == -EINVAL);
     CHECK(privmem_vm_populate(vm, 0, PAGE, NULL, PRIVMEM_PAGE_NORMAL) == -EINVAL);
     CHECK(privmem_vm_populate(vm, 0, PAGE, NULL, PRIVMEM_PAGE_ZERO) == 0);
@@ -538,6 +552,10 @@ static void regions_have_options(void)
         .size = sizeof(options) - 1,
         .initially_private = true,
     };
+    struct {
+        struct privmem_region_options options;
+        uint64_t unknown;
+    } newer;
     const unsigned long node_0 = 1, nowhere = 0;
     unsigned char state[PAGES / 8], again[PAGES / 8];
     struct privmem_vm *vm = NULL;
@@ -552,7 +570,20 @@ static void regions_have_options(void)
     options.huge_page_size = 0;
     options.prefault = true;
     CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == -EINVAL);
+    /* Never set: whatever was there. */
+    memset(&options.prefault, 2, sizeof(options.prefault));
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == -EINVAL);
+    CHECK(strstr(privmem_last_error(), "prefault is 2"));
     options.prefault = false;
+    newer.options = options;
+    newer.options.size = sizeof(newer);
+    newer.unknown = 1;
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &newer.options, &region) ==
+          -E2BIG);
+    CHECK(strstr(privmem_last_error(), "older than its caller"));
+    newer.unknown = 0;
+    CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &newer.options, &region) == 0);
+    privmem_region_free(region);
     CHECK(privmem_region_new(vm, "o", PAGES * PAGE, &options, &region) == 0);
     CHECK(privmem_vm_bind(vm, region, 0, 0, PAGES * PAGE) == 0);
     CHECK(privmem_region_info(region, &info, sizeof(info)) == 0);
