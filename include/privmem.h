@@ -404,6 +404,12 @@ struct privmem_info {
    * by `privmem_region_failure`.
    */
   uint64_t memory_failures;
+  /**
+   * How old the oldest part of `private_held` and `held_twice` is, in nanoseconds:
+   * pages of a large region are counted in turn. `PRIVMEM_UNKNOWN`, as these two
+   * are, before all have been counted once: call it again.
+   */
+  uint64_t held_age;
 };
 
 /**
@@ -1115,8 +1121,10 @@ int privmem_vm_failed_conversion(const struct privmem_vm *vm,
  * them. `info_size` is `sizeof(struct privmem_info)` as the caller was
  * compiled: later versions may append fields, and fill as many as there are.
  *
- * Any thread; takes no lock, so that figures taken while conversions run are
- * of slightly different moments.
+ * Any thread; takes no lock that a conversion takes, so that figures taken while
+ * conversions run are of slightly different moments. The kernel counts the pages of
+ * a `guest_memfd` one by one: a call counts for about 50 ms, a few GiB at least, and
+ * takes over the rest from the calls before it, see `held_age`.
  *
  * # Safety
  * `region` is NULL or a live handle; `info` is NULL or valid for writing

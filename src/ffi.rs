@@ -342,6 +342,10 @@ pub struct privmem_info {
     /// Pages that the host lost and that were retired; the last ones are told
     /// by `privmem_region_failure`.
     pub memory_failures: u64,
+    /// How old the oldest part of `private_held` and `held_twice` is, in nanoseconds:
+    /// pages of a large region are counted in turn. `PRIVMEM_UNKNOWN`, as these two
+    /// are, before all have been counted once: call it again.
+    pub held_age: u64,
 }
 
 /// A page that the host lost.
@@ -1847,8 +1851,10 @@ fn message(text: &str) -> [c_char; PRIVMEM_MESSAGE_SIZE] {
 /// them. `info_size` is `sizeof(struct privmem_info)` as the caller was
 /// compiled: later versions may append fields, and fill as many as there are.
 ///
-/// Any thread; takes no lock, so that figures taken while conversions run are
-/// of slightly different moments.
+/// Any thread; takes no lock that a conversion takes, so that figures taken while
+/// conversions run are of slightly different moments. The kernel counts the pages of
+/// a `guest_memfd` one by one: a call counts for about 50 ms, a few GiB at least, and
+/// takes over the rest from the calls before it, see `held_age`.
 ///
 /// # Safety
 /// `region` is NULL or a live handle; `info` is NULL or valid for writing
@@ -1884,6 +1890,7 @@ pub unsafe extern "C" fn privmem_region_info(
             relocated: now.relocated,
             swapped: now.swapped,
             memory_failures: now.memory_failures,
+            held_age: known(now.held_age.map(|age| age.as_nanos() as u64)),
         };
         if info.is_null() {
             return Err(null("info"));

@@ -1,7 +1,8 @@
 //! One memory backend: its stores, its state map, its range lock, its counters.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::convert::PIECE;
 use crate::counter::Counter;
@@ -72,6 +73,29 @@ pub struct Region {
     pub(crate) failed: AtomicU64,
     pub(crate) unfinished: AtomicU64,
     pub(crate) failures: Failures,
+    counts: Mutex<Counts>,
+}
+
+/// Bytes of a region whose pages are counted at once, and about how long a caller
+/// counts.
+const COUNTED: u64 = 1 << 30;
+const COUNTING_TIME: Duration = Duration::from_millis(50);
+
+/// What was counted of each part of a region, and when.
+#[derive(Default)]
+struct Counts {
+    parts: Vec<Option<(Instant, Counted)>>,
+    /// The part that was counted longest ago.
+    next: usize,
+}
+
+/// Bytes held of a part of a region; `None` where the kernel cannot tell.
+#[derive(Clone, Copy)]
+struct Counted {
+    /// By a `guest_memfd`, and where private contents were moved to.
+    private: Option<u64>,
+    /// By a store for granules that are on the other side.
+    twice: Option<u64>,
 }
 
 /// What [`Region::info`] tells. All sizes in bytes.
@@ -86,6 +110,9 @@ pub struct Info {
     pub shared_held: Option<u64>,
     /// Held by a store for granules that are on the other side.
     pub held_twice: Option<u64>,
+    /// How old the oldest part of `private_held` and `held_twice` is, which are not
+    /// known before all has been counted once.
+    pub held_age: Option<Duration>,
     /// Private contents, kept ones included, that lie elsewhere than in the
     /// private store, and of these on a disk.
     pub relocated: u64,
@@ -164,6 +191,7 @@ impl Region {
             failed: AtomicU64::default(),
             unfinished: AtomicU64::default(),
             failures: Failures::default(),
+            counts: Mutex::default(),
         }))
     }
 
@@ -295,7 +323,7 @@ impl Region {
             Side::Shared => Ok(()),
         };
         let mapped = self.listeners.remap(&self.state);
-        let has_contents = emptied.is_err() && self.held(Side::Private) != Some(0);
+        let has_contents = emptied.is_err() && self.may_hold_private();
         let result = emptied.and(converted).and(allocated).and(mapped);
         result.map_err(|cause| self.partly_reset(cause, has_contents))
     }
@@ -332,9 +360,14 @@ impl Region {
         }
     }
 
-    /// State and memory of this region. Takes no lock: while conversions run,
-    /// the figures are of slightly different moments.
+    /// State and memory of this region. Takes no lock that a conversion takes: while
+    /// conversions run, the figures are of slightly different moments.
+    ///
+    /// The kernel counts the pages of a `guest_memfd` one by one, 2 s for 1 TiB of
+    /// them. So a call counts for about 50 ms, and takes over the rest of what the
+    /// calls before it have counted: see [`Info::held_age`].
     pub fn info(&self) -> Info {
+        let counted = self.count_pages();
         let private = self.state.count_private(self.size.granules()) as u64 * GRANULE;
         let [failed, unfinished] =
             [&self.failed, &self.unfinished].map(|count| count.load(Ordering::Relaxed));
@@ -342,9 +375,13 @@ impl Region {
             size: self.size(),
             private,
             shared: self.size() - private,
-            private_held: self.held(Side::Private),
-            shared_held: self.held(Side::Shared),
-            held_twice: self.held_twice(),
+            private_held: counted.and_then(|(_, counted)| {
+                let own = self.memfd_held(Side::Private).unwrap_or(Some(0))?;
+                Some(own + counted.private?)
+            }),
+            shared_held: self.memfd_held(Side::Shared).flatten(),
+            held_twice: counted.and_then(|(_, counted)| counted.twice),
+            held_age: counted.map(|(since, _)| since.elapsed()),
             relocated: self.lying_elsewhere(|_| true),
             swapped: self.lying_elsewhere(|store| !store.is_in_memory()),
             conversions: self.requests.get().saturating_sub(failed + unfinished),
@@ -358,17 +395,57 @@ impl Region {
         parts.map(|part| part.offsets.len()).sum()
     }
 
-    /// What a store holds in all, with what was moved out of it to other memory.
-    /// `st_blocks` says it for a memfd only, and of all that is in it.
-    fn held(&self, side: Side) -> Option<u64> {
+    /// What a region's own store holds in all, if it is a memfd: that is known without
+    /// counting pages.
+    fn memfd_held(&self, side: Side) -> Option<Option<u64>> {
         let is_memfd = side == Side::Shared || self.vm.is_open();
         let store = self.store(side);
-        let own = store
-            .held(self.size)
-            .or_else(|| is_memfd.then(|| store.blocks()).flatten())?;
-        match side {
-            Side::Shared => Some(own),
-            Side::Private => Some(own + self.held_elsewhere(self.size)?),
+        is_memfd.then(|| store.blocks().or_else(|| store.held(self.size)))
+    }
+
+    /// Whether private contents may be held: as far as is known.
+    fn may_hold_private(&self) -> bool {
+        let own = self.store(Side::Private).held(self.size);
+        own != Some(0) || self.held_elsewhere(self.size) != Some(0)
+    }
+
+    /// Counts the pages of all parts, or as many as can be done in bounded time, the
+    /// oldest figures first. Returns since when the figures are, and their sums;
+    /// `None` before each part was counted once.
+    fn count_pages(&self) -> Option<(Instant, Counted)> {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let parts: usize = self.size.pieces(COUNTED).count();
+        counts.parts.resize(parts, None);
+        let begun = Instant::now();
+        for _ in 0..parts {
+            let part = counts.next;
+            let offsets = self.size.pieces(COUNTED).nth(part)?;
+            counts.parts[part] = Some((Instant::now(), self.count_part(offsets)));
+            counts.next = (part + 1) % parts;
+            if begun.elapsed() >= COUNTING_TIME {
+                break;
+            }
+        }
+        let all = counts.parts.iter().copied();
+        let sum = |a: Option<u64>, b: Option<u64>| Some(a? + b?);
+        all.reduce(|all, part| {
+            let ((since, all), (at, part)) = (all?, part?);
+            let counted = Counted {
+                private: sum(all.private, part.private),
+                twice: sum(all.twice, part.twice),
+            };
+            Some((since.min(at), counted))
+        })?
+    }
+
+    fn count_part(&self, offsets: Range) -> Counted {
+        let own = match self.vm.is_open() {
+            true => Some(0),
+            false => self.private.held(offsets),
+        };
+        Counted {
+            private: own.and_then(|own| Some(own + self.held_elsewhere(offsets)?)),
+            twice: self.held_twice(offsets),
         }
     }
 
@@ -379,10 +456,10 @@ impl Region {
 
     /// Asks the kernel once a run: not told where a guest has made so many
     /// runs that asking would take long.
-    fn held_twice(&self) -> Option<u64> {
+    fn held_twice(&self, offsets: Range) -> Option<u64> {
         const MANY: usize = 1 << 16;
         self.state
-            .runs(self.size.granules())
+            .runs(offsets.granules())
             .enumerate()
             .map(|(number, run)| {
                 let left = self.store(run.side.other());

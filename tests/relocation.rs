@@ -373,7 +373,7 @@ fn a_call_that_fails_leaves_contents_and_lets_the_writer_go_on() {
                 let what = format!("call {number} from {from:?} to {to:?}");
                 setup.relocate(5, Destination::Home).unwrap();
                 setup.relocate(5, spots.of(from)).unwrap();
-                let (before, held) = (setup.region.info(), spots.held());
+                let (before, held) = (common::figures(&setup.region), spots.held());
                 setup.kernel.set_fail(Fail::Once(number, libc::EIO));
                 let result = setup.relocate(5, spots.of(to));
                 let calls = setup.kernel.calls().len();
@@ -387,7 +387,7 @@ fn a_call_that_fails_leaves_contents_and_lets_the_writer_go_on() {
                     Err(error) => {
                         assert_eq!(error.errno(), libc::EIO, "{what}: {error}");
                         assert!(!matches!(error, Error::Stranded { .. }), "{what}: {error}");
-                        assert_eq!(setup.region.info(), before, "{what}");
+                        assert_eq!(common::figures(&setup.region), before, "{what}");
                         assert_eq!(spots.held(), held, "{what}");
                         // The same move succeeds once the kernel does.
                         setup.relocate(5, spots.of(to)).unwrap();

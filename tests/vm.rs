@@ -4,6 +4,7 @@ mod common;
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use common::{Fail, Model, stand_in_fd, vm_with_region};
 use privmem::{Error, GRANULE, Region, Side, Vm};
@@ -218,4 +219,40 @@ fn the_last_failed_requests_are_kept() {
     assert_eq!((kept[0].to, kept[0].errno), (Side::Private, libc::EINVAL));
     assert!(kept[0].message.contains("0x17000"), "{}", kept[0].message);
     assert_eq!(region.info().failed_conversions, 0, "it was not touched");
+}
+
+/// A monitor that asks for figures does not hold up the machine for as long as the
+/// kernel takes to count the pages of all of a guest.
+#[test]
+fn pages_of_a_large_region_are_counted_in_turn() {
+    const PARTS: u64 = 4;
+    const PART: u64 = (1 << 30) / GRANULE;
+    let (kernel, vm, region) = vm_with_region(PARTS * PART);
+    for part in 0..PARTS {
+        common::convert(&vm, part * PART..part * PART + 2, Side::Private).unwrap();
+        kernel.touch(&region, Side::Private, part * PART);
+    }
+    kernel.touch(&region, Side::Shared, 2 * PART + 1);
+    // Longer than all that is counted in one call may take.
+    *kernel.counting.lock().unwrap() = Duration::from_millis(60);
+    for _ in 1..PARTS {
+        let info = region.info();
+        assert_eq!((info.private_held, info.held_twice), (None, None));
+        assert_eq!(info.held_age, None);
+        assert_eq!(info.private, PARTS * 2 * GRANULE);
+    }
+    let info = region.info();
+    assert_eq!(info.private_held, Some(PARTS * GRANULE));
+    assert_eq!(info.held_twice, Some(GRANULE));
+    let age = info.held_age.unwrap();
+    assert!(
+        age >= Duration::from_millis(60) * (PARTS as u32 - 1),
+        "{age:?}"
+    );
+    // The first part is the oldest one, and the next to be counted.
+    kernel.touch(&region, Side::Private, 1);
+    kernel.touch(&region, Side::Private, PART + 1);
+    assert_eq!(region.info().private_held, Some((PARTS + 1) * GRANULE));
+    *kernel.counting.lock().unwrap() = Duration::ZERO;
+    assert_eq!(region.info().private_held, Some((PARTS + 2) * GRANULE));
 }

@@ -14,12 +14,13 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use firmware::{Added, Firmware, Refusal};
 use kvm_bindings::kvm_sev_snp_launch_update;
 use privmem::agent::{Agent, CommandError, CommandResult, SnpFinish, SnpStart};
 use privmem::kernel::{Blocked, FileFacts, Kernel, Linux, TdxInitMemRegion};
-use privmem::{GRANULE, Listener, NumaPolicy, Range, Region, Side, Vm};
+use privmem::{GRANULE, Info, Listener, NumaPolicy, Range, Region, Side, Vm};
 
 /// Which calls of `set_memory_attributes`, `punch_hole` and `map_fixed` fail.
 #[derive(Clone, Copy)]
@@ -99,6 +100,8 @@ pub struct Model {
     pub attributes: u32,
     pub guest_memfd: u32,
     pub pre_fault: u32,
+    /// How long it takes to count pages.
+    pub counting: Mutex<Duration>,
     /// The NUMA policy of the one thread that there is.
     pub policy: Mutex<NumaPolicy>,
 }
@@ -240,6 +243,7 @@ impl Model {
             attributes: 8,
             guest_memfd: 1,
             pre_fault: 1,
+            counting: Mutex::default(),
             policy: Mutex::default(),
         })
     }
@@ -445,6 +449,14 @@ pub fn vm_with_region(granules: u64) -> (Arc<Model>, Arc<Vm>, Arc<Region>) {
     (kernel, vm, region)
 }
 
+/// What a region says of itself, but for how old that is.
+pub fn figures(region: &Region) -> Info {
+    Info {
+        held_age: None,
+        ..region.info()
+    }
+}
+
 /// All of a request for guest granules, step by step.
 pub fn convert(vm: &Vm, gpa: std::ops::Range<u64>, to: Side) -> privmem::Result<()> {
     let (mut at, end) = (gpa.start * GRANULE, gpa.end * GRANULE);
@@ -571,6 +583,7 @@ impl Kernel for Model {
     }
 
     fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64> {
+        std::thread::sleep(*self.counting.lock().unwrap());
         let pages = self.pages.lock().unwrap();
         let held = pages.held.get(&fd.as_raw_fd());
         let count = held.map_or(0, |held| held.range(granules(offsets)).count());

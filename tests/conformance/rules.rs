@@ -11,7 +11,7 @@ use privmem::Side::{Private, Shared};
 use privmem::kernel::{Kernel, Linux};
 use privmem::{Destination, Error, GRANULE, Level, Listener, Options};
 
-use crate::common::{convert, granules};
+use crate::common::{convert, figures, granules};
 use crate::machine::{Guest, assert_if_known, picture};
 
 pub fn changed_side_reads_zero(guest: &mut Guest) {
@@ -347,7 +347,7 @@ pub fn private_memory_moves_or_all_is_as_it_was(guest: &mut Guest) {
     let ram = guest.ram(16);
     guest.convert(4..12, Private).unwrap();
     guest.fill(0..16, 1);
-    let before = ram.info();
+    let before = figures(&ram);
     let fd = Linux.create_memfd(c"elsewhere", 8 * GRANULE, None).unwrap();
     let place = |granule| Destination::File {
         fd: fd.as_fd(),
@@ -367,7 +367,7 @@ pub fn private_memory_moves_or_all_is_as_it_was(guest: &mut Guest) {
         Err(error) => {
             assert_eq!(error.errno(), libc::EOPNOTSUPP, "{error}");
             assert!(error.to_string().starts_with("trust agent"), "{error}");
-            assert_eq!(ram.info(), before);
+            assert_eq!(figures(&ram), before);
             return;
         }
     }
