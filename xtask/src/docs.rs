@@ -5,7 +5,7 @@
 //! that need no KVM here as well; virsh and systemd where the machine has them
 //! or gets them; all others here. A command that nothing here knows how to run
 //! is an error, and so is a message under "Troubleshooting" that no test looks
-//! for.
+//! for, and a command, event or property that no test uses (`named.rs`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,6 +17,7 @@ use serde::Serialize;
 use walkdir::WalkDir;
 
 use crate::Context;
+use crate::named;
 use crate::qemu;
 use crate::recipes;
 use crate::run;
@@ -25,7 +26,7 @@ use crate::suites::Tally;
 
 const README: &str = "README.md";
 const PAGE: &str = "qemu-patches/files/docs/system/private-memory.rst";
-const DOCUMENTS: &[&str] = &[
+pub const DOCUMENTS: &[&str] = &[
     README,
     "qemu-patches/README.md",
     "tests/lab/README.md",
@@ -136,6 +137,7 @@ pub fn suite(cx: &Context) -> Result<Tally> {
         };
         tally.check(&format!("{PAGE}: {message}"), result);
     }
+    named::check(&cx.root, &patched_tree, &mut tally)?;
     Ok(tally.ended("the documents", true))
 }
 
@@ -423,7 +425,7 @@ fn test_sources(root: &Path) -> Result<String> {
 }
 
 /// Takes out what stands between two parts of a string.
-fn joined(source: &str) -> String {
+pub fn joined(source: &str) -> String {
     let mut out = String::new();
     for line in source.lines().map(str::trim) {
         let after_string = out.ends_with('"') && line.starts_with('"');

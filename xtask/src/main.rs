@@ -18,6 +18,7 @@ mod kernel;
 mod lab;
 mod library;
 mod miri;
+mod named;
 mod packaging;
 mod protocol;
 mod qemu;

@@ -474,8 +474,13 @@ static int sum_region(const Region *region, void *opaque)
     return 0;
 }
 
-static void add_value(StatsList **list, strList *names, const char *name,
-                      StatsValue value)
+/*
+ * 'info stats' looks for each result from where the schema has the one before:
+ * both lists must have the same order.
+ */
+
+static StatsList **add_value(StatsList **tail, strList *names,
+                             const char *name, StatsValue value)
 {
     Stats *stats;
 
@@ -483,30 +488,31 @@ static void add_value(StatsList **list, strList *names, const char *name,
         stats = g_new0(Stats, 1);
         stats->name = g_strdup(name);
         stats->value = g_memdup2(&value, sizeof(value));
-        QAPI_LIST_PREPEND(*list, stats);
+        QAPI_LIST_APPEND(tail, stats);
     }
+    return tail;
 }
 
-static void add_scalar(StatsList **list, strList *names, const char *name,
-                       uint64_t scalar)
+static StatsList **add_scalar(StatsList **tail, strList *names,
+                              const char *name, uint64_t scalar)
 {
     StatsValue value = { .type = QTYPE_QNUM, .u.scalar = scalar };
 
-    add_value(list, names, name, value);
+    return add_value(tail, names, name, value);
 }
 
-static void add_latency(StatsList **list, strList *names)
+static StatsList **add_latency(StatsList **tail, strList *names)
 {
     StatsValue value = { .type = QTYPE_QLIST };
 
     if (!apply_str_list_filter(LATENCY, names)) {
-        return;
+        return tail;
     }
     for (int i = PRIVATE_MEMORY_LATENCIES - 1; i >= 0; i--) {
         QAPI_LIST_PREPEND(value.u.list,
                           stat64_get(&private_memory_stats.latency[i]));
     }
-    add_value(list, names, LATENCY, value);
+    return add_value(tail, names, LATENCY, value);
 }
 
 /* Of all together; query-private-memory tells of each. */
@@ -514,27 +520,28 @@ static void stats_cb(StatsResultList **result, StatsTarget target,
                      strList *names, strList *targets, Error **errp)
 {
     uint64_t sums[ARRAY_SIZE(figures)] = { 0 };
-    StatsList *list = NULL;
+    StatsList *list = NULL, **tail = &list;
 
     if (target != STATS_TARGET_VM || !private_memory_current_vm()) {
         return;
     }
     foreach_region(sum_region, sums);
-    /* Each is put in front of the others. */
-    add_latency(&list, names);
-    add_scalar(&list, names, FAULTS, stat64_get(&private_memory_stats.faults));
-    for (int i = ARRAY_SIZE(figures) - 1; i >= 0; i--) {
+    for (int i = 0; i < ARRAY_SIZE(figures); i++) {
         if (sums[i] != PRIVMEM_UNKNOWN) {
-            add_scalar(&list, names, figures[i].name, sums[i]);
+            tail = add_scalar(tail, names, figures[i].name, sums[i]);
         }
     }
+    tail = add_scalar(tail, names, FAULTS,
+                      stat64_get(&private_memory_stats.faults));
+    add_latency(tail, names);
     if (list) {
         add_stats_entry(result, STATS_PROVIDER_PRIVATE_MEMORY, NULL, list);
     }
 }
 
-static void add_schema(StatsSchemaValueList **list, const char *name,
-                       StatsType type, int unit)
+static StatsSchemaValueList **add_schema(StatsSchemaValueList **tail,
+                                         const char *name, StatsType type,
+                                         int unit)
 {
     StatsSchemaValue *value = g_new0(StatsSchemaValue, 1);
 
@@ -547,19 +554,20 @@ static void add_schema(StatsSchemaValueList **list, const char *name,
         value->base = 10;
         value->exponent = -9;
     }
-    QAPI_LIST_PREPEND(*list, value);
+    QAPI_LIST_APPEND(tail, value);
+    return tail;
 }
 
 static void schemas_cb(StatsSchemaList **result, Error **errp)
 {
-    StatsSchemaValueList *list = NULL;
+    StatsSchemaValueList *list = NULL, **tail = &list;
 
     for (int i = 0; i < ARRAY_SIZE(figures); i++) {
-        add_schema(&list, figures[i].name, figures[i].type,
-                   figures[i].is_bytes ? STATS_UNIT_BYTES : -1);
+        tail = add_schema(tail, figures[i].name, figures[i].type,
+                          figures[i].is_bytes ? STATS_UNIT_BYTES : -1);
     }
-    add_schema(&list, FAULTS, STATS_TYPE_CUMULATIVE, -1);
-    add_schema(&list, LATENCY, STATS_TYPE_LOG2_HISTOGRAM, STATS_UNIT_SECONDS);
+    tail = add_schema(tail, FAULTS, STATS_TYPE_CUMULATIVE, -1);
+    add_schema(tail, LATENCY, STATS_TYPE_LOG2_HISTOGRAM, STATS_UNIT_SECONDS);
     add_stats_schema(result, STATS_PROVIDER_PRIVATE_MEMORY, STATS_TARGET_VM,
                      list);
 }

@@ -778,6 +778,61 @@ static void test_stats(void)
     qtest_quit(qts);
 }
 
+/* The names that 'info stats vm @arguments' shows, each with a figure. */
+static char *shown_stats(QTestState *qts, const char *arguments)
+{
+    g_autofree char *text = qtest_hmp(qts, "info stats vm %s", arguments);
+    g_auto(GStrv) lines = g_strsplit(text, "\r\n", -1);
+    g_autoptr(GString) names = g_string_new(NULL);
+
+    for (char **line = lines; *line; line++) {
+        if (**line && !g_str_has_prefix(*line, "provider: ")) {
+            g_assert_nonnull(strstr(*line, "): "));
+            g_string_append_printf(names, "%s%.*s", names->len ? " " : "",
+                                   (int)strcspn(*line + 4, " "), *line + 4);
+        }
+    }
+    return g_string_free(g_steal_pointer(&names), false);
+}
+
+/* 'info stats vm' with no name, one and several, with a provider and without */
+static void test_hmp_stats(void)
+{
+    static const char all[] = "conversions failed-conversions memory-failures "
+        "private shared private-held shared-held faults conversion-latency";
+    static const struct {
+        const char *arguments, *shown;
+    } queries[] = {
+        { "", all },
+        { "*", all },
+        { "* private-memory", all },
+        { "private-held", "private-held" },
+        { "conversions private-memory", "conversions" },
+        { "conversion-latency,faults,private private-memory",
+          "private faults conversion-latency" },
+        { "none-of-these", "" },
+    };
+    QTestState *qts = start();
+    g_autofree char *text = NULL;
+
+    if (!can_tell_held(qts)) {
+        g_test_skip("this kernel has no cachestat(2)");
+        qtest_quit(qts);
+        return;
+    }
+    convert_ok(qts, 1 * MiB, 3 * PAGE, true);
+    for (int i = 0; i < ARRAY_SIZE(queries); i++) {
+        g_autofree char *shown = shown_stats(qts, queries[i].arguments);
+
+        g_assert_cmpstr(shown, ==, queries[i].shown);
+    }
+    text = qtest_hmp(qts, "info stats vm");
+    g_assert_nonnull(strstr(text, "provider: private-memory\r\n"));
+    g_assert_nonnull(strstr(text, "  conversions (cumulative): 1\r\n"));
+    g_assert_nonnull(strstr(text, "  private (instant, B): 12288\r\n"));
+    qtest_quit(qts);
+}
+
 /* Waits for @status of query-migrate. */
 static void wait_for_migration(QTestState *qts, const char *status)
 {
@@ -1379,6 +1434,7 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/failed-conversions",
                    test_failed_conversions);
     qtest_add_func("/private-memory/stats", test_stats);
+    qtest_add_func("/private-memory/hmp-stats", test_hmp_stats);
     qtest_add_func("/private-memory/migration", test_migration);
     qtest_add_func("/private-memory/migration-refused",
                    test_migration_refused);

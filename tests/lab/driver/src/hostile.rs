@@ -225,6 +225,7 @@ fn disturb(machine: &mut Machine) -> Result<bool> {
     machine.extents("ram0")?;
     machine.private_memory()?;
     machine.hmp("info private-memory")?;
+    machine.hmp("info stats vm")?;
     machine.qmp.call("query-stats", json!({"target": "vm"}))?;
     // Which side it is on is the guest's affair.
     let _ = machine.pmemsave(BASE, PAGES * PAGE)?;
