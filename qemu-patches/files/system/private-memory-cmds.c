@@ -426,11 +426,18 @@ static void hmp_info_private_memory(Monitor *mon, const QDict *qdict)
 
 static void hmp_x_private_memory_convert(Monitor *mon, const QDict *qdict)
 {
+    const char *text = qdict_get_str(qdict, "size");
     Error *err = NULL;
+    uint64_t size;
 
-    qmp_x_private_memory_convert(qdict_get_int(qdict, "address"),
-                                 qdict_get_int(qdict, "size"),
-                                 qdict_get_bool(qdict, "private"), &err);
+    /* The monitor's own type of a size takes plain numbers for MiB. */
+    if (qemu_strtosz(text, NULL, &size)) {
+        error_setg(&err, "'size' is '%s': it must be a number of bytes, or one "
+                   "with a suffix such as k, M or G", text);
+    } else {
+        qmp_x_private_memory_convert(qdict_get_int(qdict, "address"), size,
+                                     qdict_get_bool(qdict, "private"), &err);
+    }
     hmp_handle_error(mon, err);
 }
 

@@ -661,22 +661,38 @@ static void test_hmp_width(void)
     qtest_quit(qts);
 }
 
+/* Sizes are in bytes, as the manual says, or have a suffix. */
 static void test_hmp_convert(void)
 {
+    static const struct {
+        const char *arguments, *says;
+        /* Pages that are private then. */
+        int pages;
+    } commands[] = {
+        { "0x100000 4096 on", "", 1 },
+        { "0x100000 0x3000 on", "", 3 },
+        { "0x100000 2M on", "", 512 },
+        { "0x100000 4k off", "", 511 },
+        { "0x100000 64K off", "", 496 },
+        { "0x200000-4096 4096B off", "", 495 },
+        { "0x100000 1 on", "multiple of the granule", 495 },
+        { "0x100000 on off", "'size' is 'on'", 495 },
+        { "0x100000 4096x on", "'size' is '4096x'", 495 },
+        { "0xfee00000 4k on", "cannot be private", 495 },
+    };
     QTestState *qts = start();
-    char *text;
 
-    text = qtest_hmp(qts, "x_private_memory_convert 0x100000 64k on");
-    g_assert_cmpstr(text, ==, "");
-    g_free(text);
-    assert_figure(qts, "ram0", "private", 64 * KiB);
-    text = qtest_hmp(qts, "x_private_memory_convert 0x100000 4k off");
-    g_assert_cmpstr(text, ==, "");
-    g_free(text);
-    assert_figure(qts, "ram0", "private", 60 * KiB);
-    text = qtest_hmp(qts, "x_private_memory_convert 0xfee00000 4k on");
-    g_assert_nonnull(strstr(text, "cannot be private"));
-    g_free(text);
+    for (int i = 0; i < ARRAY_SIZE(commands); i++) {
+        g_autofree char *text = qtest_hmp(qts, "x_private_memory_convert %s",
+                                          commands[i].arguments);
+
+        if (*commands[i].says) {
+            g_assert_nonnull(strstr(text, commands[i].says));
+        } else {
+            g_assert_cmpstr(text, ==, "");
+        }
+        assert_figure(qts, "ram0", "private", commands[i].pages * PAGE);
+    }
     qtest_quit(qts);
 }
 
