@@ -451,10 +451,6 @@ static void test_object_add_del(void)
 
     assert_error(qtest_qmp(qts, "{ 'execute': 'object-del', "
                            "'arguments': { 'id': 'ram0' } }"), "in use", NULL);
-    assert_error(qtest_qmp(qts, "{ 'execute': 'qom-set', 'arguments': "
-                           "{ 'path': '/objects/ram0', "
-                           "'property': 'prealloc', 'value': true } }"),
-                 "'prealloc'", "memory-backend-private", NULL);
     for (int i = 0; i < 3; i++) {
         response = add(qts, "'emulate': true, 'size': 1048576");
         g_assert_true(qdict_haskey(response, "return"));
@@ -464,6 +460,93 @@ static void test_object_add_del(void)
                                  "'arguments': { 'id': 'm' } }");
         g_assert_null(query(qts, "m"));
     }
+    qtest_quit(qts);
+}
+
+static QDict *qom_set(QTestState *qts, const char *path, const char *property,
+                      const char *value)
+{
+    g_autofree char *arguments = g_strdup_printf(
+        "{ 'path': '%s', 'property': '%s', 'value': %s }", path, property,
+        value);
+
+    return execute(qts, "qom-set", arguments);
+}
+
+/*
+ * What a property is for is done when the object is made: it cannot be set
+ * later, but for the two that QEMU passes on to the host at any time, and the
+ * name of RAM for migration, which no backend refuses. All properties that
+ * there are must be listed here.
+ */
+static void test_set_properties(void)
+{
+    static const struct {
+        const char *name, *value;
+        bool settable;
+    } properties[] = {
+        { "emulate", "false" },
+        { "initial-state", "'private'" },
+        { "discard", "'none'" },
+        { "hugetlb", "true" },
+        { "hugetlbsize", "2097152" },
+        { "prefault", "true" },
+        { "dma-granularity", "4096" },
+        { "size", "4096" },
+        { "share", "false" },
+        { "reserve", "false" },
+        { "prealloc", "true" },
+        { "prealloc-threads", "2" },
+        { "prealloc-context", "'/objects/t'" },
+        { "policy", "'bind'" },
+        { "host-nodes", "[ 0 ]" },
+        { "merge", "false", true },
+        { "dump", "false", true },
+        { "x-use-canonical-path-for-ramblock-id", "true", true },
+    };
+    QTestState *qts = start_with(
+        "-machine memory-backend=ram0 "
+        "-object memory-backend-private,id=ram0,size=64M,emulate=on "
+        "-object thread-context,id=t -object sw-protected-guest,id=cgs0 "
+        "-device private-memory-testdev,id=l,memdev=ram0");
+    QDict *response;
+    QListEntry *entry;
+
+    response = qtest_qmp(qts, "{ 'execute': 'qom-list', 'arguments': "
+                         "{ 'path': '/objects/ram0' } }");
+    QLIST_FOREACH_ENTRY(qdict_get_qlist(response, "return"), entry) {
+        QDict *item = qobject_to(QDict, qlist_entry_obj(entry));
+        const char *name = qdict_get_str(item, "name");
+        bool known = !strcmp(name, "type") ||
+                     g_str_has_prefix(qdict_get_str(item, "type"), "child<");
+
+        for (int i = 0; i < ARRAY_SIZE(properties); i++) {
+            known |= !strcmp(name, properties[i].name);
+        }
+        if (!known) {
+            g_error("nothing says whether '%s' can be set", name);
+        }
+    }
+    qobject_unref(response);
+
+    for (int i = 0; i < ARRAY_SIZE(properties); i++) {
+        response = qom_set(qts, "/objects/ram0", properties[i].name,
+                           properties[i].value);
+        if (properties[i].settable) {
+            g_assert_true(qdict_haskey(response, "return"));
+            qobject_unref(response);
+        } else {
+            assert_error(response, "cannot change property", NULL);
+        }
+    }
+    assert_error(qom_set(qts, "/objects/cgs0", "x-require-guest-memfd", "true"),
+                 "cannot change property 'x-require-guest-memfd'", NULL);
+    assert_error(qom_set(qts, "/machine/peripheral/l", "memdev",
+                         "'/objects/ram0'"), "memdev", NULL);
+    /* The next backend is made as the first was. */
+    response = add(qts, "'emulate': true, 'size': 4096");
+    g_assert_true(qdict_haskey(response, "return"));
+    qobject_unref(response);
     qtest_quit(qts);
 }
 
@@ -1438,6 +1521,7 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/bad-conversions", test_bad_conversions);
     qtest_add_func("/private-memory/bad-objects", test_bad_objects);
     qtest_add_func("/private-memory/object-add-del", test_object_add_del);
+    qtest_add_func("/private-memory/set-properties", test_set_properties);
     qtest_add_func("/private-memory/fd-limit", test_fd_limit);
     qtest_add_func("/private-memory/numa", test_numa);
     qtest_add_func("/private-memory/relocate", test_relocate);

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::Lab;
 use crate::host::{HugePages, node_bytes};
 use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, PRIVATE, Side};
-use crate::scenarios::{BASE, RAM, Scenario, same, same_held};
+use crate::scenarios::{BASE, RAM, Scenario, object_add, same, same_held};
 use Side::{Private, Shared};
 
 pub fn all() -> Vec<Scenario> {
@@ -22,6 +22,7 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("hugetlb", hugetlb),
         Scenario::new("balloon", balloon),
         Scenario::new("prefault", prefault),
+        Scenario::new("set-while-running", set_while_running),
     ]
 }
 
@@ -37,6 +38,26 @@ fn ram0(lab: &Lab, properties: &str) -> Result<Machine> {
     with_properties(lab, properties)
         .with(OUR_GUEST)
         .start_guest()
+}
+
+/// What QEMU asks of all backends does not change with the machine running: the next one is made
+/// as the first was.
+fn set_while_running(lab: &Lab) -> Result<()> {
+    let mut machine = Launch::private(lab).start_guest()?;
+    for (path, property) in [
+        ("/objects/cgs0", "x-require-guest-memfd"),
+        ("/objects/ram0", "prefault"),
+    ] {
+        let arguments = json!({"path": path, "property": property, "value": true});
+        let text = machine.qmp.refused("qom-set", arguments)?;
+        ensure!(
+            text.contains(&format!("cannot change property '{property}'")),
+            "{property}: {text}"
+        );
+    }
+    machine.qmp.call("object-add", object_add("ram1", RAM))?;
+    machine.qmp.call("object-del", json!({"id": "ram1"}))?;
+    machine.finish()
 }
 
 /// The guest shares what it runs on, and finds all else private, again after a reset.

@@ -25,6 +25,9 @@ OBJECT_DECLARE_SIMPLE_TYPE(SwProtectedGuest, SW_PROTECTED_GUEST)
 
 struct SwProtectedGuest {
     X86ConfidentialGuest parent_obj;
+
+    /* Memory backends are made after it: what they ask of it stays. */
+    bool is_complete;
 };
 
 static int sw_protected_kvm_init(ConfidentialGuestSupport *cgs, Error **errp)
@@ -85,6 +88,11 @@ static int sw_protected_kvm_type(X86ConfidentialGuest *cg)
     return KVM_X86_SW_PROTECTED_VM;
 }
 
+static void sw_protected_complete(UserCreatable *uc, Error **errp)
+{
+    SW_PROTECTED_GUEST(uc)->is_complete = true;
+}
+
 static bool sw_protected_get_require_guest_memfd(Object *o, Error **errp)
 {
     return CONFIDENTIAL_GUEST_SUPPORT(o)->require_guest_memfd;
@@ -93,6 +101,11 @@ static bool sw_protected_get_require_guest_memfd(Object *o, Error **errp)
 static void sw_protected_set_require_guest_memfd(Object *o, bool value,
                                                  Error **errp)
 {
+    if (SW_PROTECTED_GUEST(o)->is_complete) {
+        error_setg(errp, "cannot change property 'x-require-guest-memfd' of "
+                   TYPE_SW_PROTECTED_GUEST);
+        return;
+    }
     CONFIDENTIAL_GUEST_SUPPORT(o)->require_guest_memfd = value;
 }
 
@@ -100,6 +113,7 @@ static void sw_protected_guest_class_init(ObjectClass *oc, ClassInitData *data)
 {
     CONFIDENTIAL_GUEST_SUPPORT_CLASS(oc)->kvm_init = sw_protected_kvm_init;
     X86_CONFIDENTIAL_GUEST_CLASS(oc)->kvm_type = sw_protected_kvm_type;
+    USER_CREATABLE_CLASS(oc)->complete = sw_protected_complete;
 
     object_class_property_add_bool(oc, "x-require-guest-memfd",
                                    sw_protected_get_require_guest_memfd,
