@@ -299,8 +299,8 @@ static void private_backend_reset(void *opaque)
     ret = privmem_region_reset(m->region);
     trace_private_backend_reset(id, ret);
     if (ret) {
-        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be reset: %s",
-                     id, privmem_last_error());
+        private_memory_report(error_report, TYPE_MEMORY_BACKEND_PRIVATE " '%s':"
+                              " cannot be reset: %s", id, privmem_last_error());
     }
     memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
@@ -537,11 +537,12 @@ static void private_backend_register_listener(RamDiscardManager *rdm,
     rdl->section = memory_region_section_new_copy(section);
     rdl->refused = privmem_region_add_listener(m->region, &listener);
     if (rdl->refused) {
-        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': a device cannot map "
-                     "what is shared, and reaches no guest memory: %s; remove "
-                     "it and add it again once it can",
-                     object_get_canonical_path_component(OBJECT(m)),
-                     privmem_last_error());
+        private_memory_report(error_report, TYPE_MEMORY_BACKEND_PRIVATE " '%s':"
+                              " a device cannot map what is shared, and reaches "
+                              "no guest memory: %s; remove it and add it again "
+                              "once it can",
+                              object_get_canonical_path_component(OBJECT(m)),
+                              privmem_last_error());
     }
 }
 
@@ -551,9 +552,10 @@ static void private_backend_unregister_listener(RamDiscardManager *rdm,
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(rdm);
 
     if (!rdl->refused && privmem_region_remove_listener(m->region, rdl)) {
-        error_report(TYPE_MEMORY_BACKEND_PRIVATE " '%s': %s",
-                     object_get_canonical_path_component(OBJECT(m)),
-                     privmem_last_error());
+        private_memory_report(error_report, TYPE_MEMORY_BACKEND_PRIVATE " '%s':"
+                              " %s",
+                              object_get_canonical_path_component(OBJECT(m)),
+                              privmem_last_error());
     }
     memory_region_section_free_copy(rdl->section);
     rdl->section = NULL;

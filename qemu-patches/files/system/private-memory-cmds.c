@@ -458,6 +458,7 @@ static const struct {
 };
 
 #define FAULTS "faults"
+#define SUPPRESSED "suppressed-messages"
 #define LATENCY "conversion-latency"
 
 static int sum_region(const Region *region, void *opaque)
@@ -540,6 +541,8 @@ static void stats_cb(StatsResultList **result, StatsTarget target,
     }
     tail = add_scalar(tail, names, FAULTS,
                       stat64_get(&private_memory_stats.faults));
+    tail = add_scalar(tail, names, SUPPRESSED,
+                      stat64_get(&private_memory_stats.suppressed));
     add_latency(tail, names);
     if (list) {
         add_stats_entry(result, STATS_PROVIDER_PRIVATE_MEMORY, NULL, list);
@@ -574,6 +577,7 @@ static void schemas_cb(StatsSchemaList **result, Error **errp)
                           figures[i].is_bytes ? STATS_UNIT_BYTES : -1);
     }
     tail = add_schema(tail, FAULTS, STATS_TYPE_CUMULATIVE, -1);
+    tail = add_schema(tail, SUPPRESSED, STATS_TYPE_CUMULATIVE, -1);
     add_schema(tail, LATENCY, STATS_TYPE_LOG2_HISTOGRAM, STATS_UNIT_SECONDS);
     add_stats_schema(result, STATS_PROVIDER_PRIVATE_MEMORY, STATS_TARGET_VM,
                      list);

@@ -35,6 +35,10 @@ static bool prefault;
 
 PrivateMemoryStats private_memory_stats;
 
+/* Of private_memory_report(). */
+#define MESSAGES_AT_ONCE 10
+#define MESSAGES_EVERY_NS (60 * NANOSECONDS_PER_SECOND)
+
 /* A guest may have as many requests fail as it likes: one a second is told. */
 static struct {
     QEMUTimer *timer;
@@ -119,6 +123,33 @@ static MemoryListener emulated_listener = {
 static QEMUClockType event_clock(void)
 {
     return qtest_enabled() ? QEMU_CLOCK_VIRTUAL : QEMU_CLOCK_REALTIME;
+}
+
+bool private_memory_may_report(PrivateMemoryMessages *messages)
+{
+    int64_t now = qemu_clock_get_ns(event_clock());
+    uint64_t suppressed = 0;
+    bool may;
+
+    g_mutex_lock(&messages->lock);
+    messages->paid_ns = MAX(messages->paid_ns, now);
+    may = messages->paid_ns <= now + (MESSAGES_AT_ONCE - 1) * MESSAGES_EVERY_NS;
+    if (may) {
+        messages->paid_ns += MESSAGES_EVERY_NS;
+        suppressed = messages->suppressed;
+        messages->suppressed = 0;
+    } else {
+        messages->suppressed++;
+    }
+    g_mutex_unlock(&messages->lock);
+    if (!may) {
+        stat64_add(&private_memory_stats.suppressed, 1);
+    }
+    if (suppressed) {
+        warn_report("%" PRIu64 " messages like the next one were suppressed",
+                    suppressed);
+    }
+    return may;
 }
 
 static void send_failed_event(void *opaque)
@@ -266,8 +297,9 @@ int private_memory_slot_add(RAMBlock *block, hwaddr offset, hwaddr gpa,
 {
     trace_private_memory_slot_add(block->idstr, offset, gpa, size);
     if (privmem_vm_bind(privmem_vm, block->privmem, offset, gpa, size)) {
-        error_report_once("%s at 0x%" HWADDR_PRIx " cannot be a memory slot: "
-                          "%s", block->idstr, gpa, privmem_last_error());
+        private_memory_report(error_report, "%s at 0x%" HWADDR_PRIx " cannot "
+                              "be a memory slot: %s", block->idstr, gpa,
+                              privmem_last_error());
         return -1;
     }
     return privmem_region_private_fd(block->privmem);
@@ -277,8 +309,8 @@ void private_memory_slot_del(RAMBlock *block, hwaddr gpa, hwaddr size)
 {
     trace_private_memory_slot_del(block->idstr, gpa, size);
     if (privmem_vm_unbind(privmem_vm, gpa, size)) {
-        warn_report_once("%s at 0x%" HWADDR_PRIx ": %s", block->idstr, gpa,
-                         privmem_last_error());
+        private_memory_report(warn_report, "%s at 0x%" HWADDR_PRIx ": %s",
+                              block->idstr, gpa, privmem_last_error());
     }
 }
 
@@ -362,8 +394,8 @@ uint64_t private_memory_hypercall(uint64_t gpa, uint64_t pages,
     }
     ret = private_memory_convert(gpa, size, to_private, &err);
     if (ret && ret != -EINVAL) {
-        /* Not the guest's fault; but a guest must not fill the log. */
-        warn_report_once("%s", error_get_pretty(err));
+        /* Not the guest's fault. */
+        private_memory_report(warn_report, "%s", error_get_pretty(err));
     }
     if (!ret && to_private && qatomic_read(&prefault)) {
         /* What cannot be had now is taken when the guest touches it. */
@@ -385,8 +417,9 @@ int private_memory_fault(hwaddr gpa, uint64_t size, bool is_private)
     stat64_add(&private_memory_stats.faults, 1);
     trace_private_memory_fault(gpa, size, is_private, ret);
     if (ret) {
-        error_report("KVM cannot provide guest memory at 0x%" HWADDR_PRIx
-                     ": %s", gpa, privmem_last_error());
+        private_memory_report(error_report, "KVM cannot provide guest memory "
+                              "at 0x%" HWADDR_PRIx ": %s", gpa,
+                              privmem_last_error());
     }
     return ret;
 }
@@ -396,9 +429,9 @@ int private_memory_discard(RAMBlock *block, ram_addr_t offset, size_t length)
     int ret = privmem_region_discard(block->privmem, offset, length);
 
     if (ret) {
-        error_report("%s: cannot discard 0x%zx bytes at 0x" RAM_ADDR_FMT
-                     ": %s", block->idstr, length, offset,
-                     privmem_last_error());
+        private_memory_report(error_report, "%s: cannot discard 0x%zx bytes at "
+                              "0x" RAM_ADDR_FMT ": %s", block->idstr, length,
+                              offset, privmem_last_error());
     }
     trace_private_memory_discard(block->idstr, offset, length, ret);
     if (is_emulated()) {

@@ -79,10 +79,39 @@ PrivateMemoryAgent private_memory_agent(void);
 /* Written on any thread. */
 typedef struct PrivateMemoryStats {
     Stat64 faults;
+    /* Messages that private_memory_report() did not print. */
+    Stat64 suppressed;
     Stat64 latency[PRIVATE_MEMORY_LATENCIES];
 } PrivateMemoryStats;
 
 extern PrivateMemoryStats private_memory_stats;
+
+/* Of one place in the code; zeroed at first. */
+typedef struct PrivateMemoryMessages {
+    GMutex lock;
+    /* When the last of the messages so far is paid for, at one a minute. */
+    int64_t paid_ns;
+    uint64_t suppressed;
+} PrivateMemoryMessages;
+
+/*
+ * Whether a message may be printed now. If some were suppressed before it,
+ * prints how many. Any thread.
+ */
+bool private_memory_may_report(PrivateMemoryMessages *messages);
+
+/*
+ * For messages that a guest can cause as often as it likes: ten of each place
+ * in the code, and one more a minute. @report is error_report or warn_report.
+ */
+#define private_memory_report(report, ...)                                \
+    do {                                                                  \
+        static PrivateMemoryMessages messages_;                           \
+                                                                          \
+        if (private_memory_may_report(&messages_)) {                      \
+            report(__VA_ARGS__);                                          \
+        }                                                                 \
+    } while (0)
 
 /*
  * True where guests' requests to convert memory are the library's to answer.

@@ -865,6 +865,7 @@ static void test_stats(void)
     g_assert_cmpint(statistic(qts, "private"), ==, 2 * PAGE);
     g_assert_cmpint(statistic(qts, "shared"), ==, RAM_SIZE - 2 * PAGE);
     g_assert_cmpint(statistic(qts, "faults"), ==, 0);
+    g_assert_cmpint(statistic(qts, "suppressed-messages"), ==, 0);
     g_assert_cmpint(statistic(qts, "memory-failures"), ==, 0);
     g_assert_cmpint(statistic(qts, "conversion-latency"), ==, 3);
 
@@ -872,7 +873,7 @@ static void test_stats(void)
                          "'arguments': { 'provider': 'private-memory' } }");
     g_assert_cmpuint(qlist_size(qdict_get_qlist(qobject_to(QDict, qlist_peek(
                          qdict_get_qlist(response, "return"))), "stats")),
-                     ==, 9);
+                     ==, 10);
     qobject_unref(response);
     qtest_quit(qts);
 }
@@ -898,7 +899,8 @@ static char *shown_stats(QTestState *qts, const char *arguments)
 static void test_hmp_stats(void)
 {
     static const char all[] = "conversions failed-conversions memory-failures "
-        "private shared private-held shared-held faults conversion-latency";
+        "private shared private-held shared-held faults suppressed-messages "
+        "conversion-latency";
     static const struct {
         const char *arguments, *shown;
     } queries[] = {

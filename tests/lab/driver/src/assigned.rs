@@ -13,7 +13,10 @@ use crate::host::{self, HugePages, KernelLog, Limit, Parameter};
 use crate::linux::Linux;
 use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, Side};
 use crate::qmp::DEADLINE;
-use crate::scenarios::{BASE, Scenario, no_errors, same, same_held, still_converts};
+use crate::scenarios::{
+    ALL_RAM, BASE, PAM, PAM_RAM, Scenario, few_lines, no_errors, pam, same, same_held,
+    still_converts,
+};
 use crate::{Lab, report};
 use Side::{Private, Shared};
 
@@ -43,6 +46,8 @@ pub fn all() -> Vec<Scenario> {
         assigned("dma-while-converting-iommufd", |lab| storm(lab, &IOMMUFD)),
         assigned("dma-entry-limit", entry_limit),
         assigned("dma-entries-run-out", entries_run_out),
+        assigned("dma-refusals-in-the-log", refusals_in_the_log),
+        assigned("dma-slots-in-the-log", slots_in_the_log),
         assigned("dma-pin-limit-type1", |lab| pin_limit(lab, &TYPE1)),
         assigned("dma-pin-limit-iommufd", |lab| pin_limit(lab, &IOMMUFD)),
         assigned("dma-large-guest-type1", |lab| large_guest(lab, &TYPE1, GIB)),
@@ -330,6 +335,55 @@ fn entries_run_out(lab: &Lab) -> Result<()> {
     machine.convert(BASE + 2048 * PAGE, 512, Shared)?;
     arrives(&mut machine, BASE + 1023 * PAGE, BASE + 2048 * PAGE, 7)?;
     machine.finish()
+}
+
+/// A guest is refused the same thing again and again, for a reason that the log tells.
+fn refusals_in_the_log(lab: &Lab) -> Result<()> {
+    const REQUESTS: u64 = 1000;
+    const WHY: &str = "one mapping, which cannot be split";
+    let start = Instant::now();
+    let launch = TYPE1.launch(lab, RAM, ",dma-granularity=2M")?;
+    let mut machine = started(launch.with(OUR_GUEST))?;
+    for _ in 0..REQUESTS {
+        let ret = machine.hypercall(BASE + PAGE, 1, Private)?;
+        same("what the guest got", ret, -i64::from(libc::EBUSY))?;
+    }
+    let suppressed = machine.statistic("suppressed-messages")?;
+    let lines = few_lines(&machine.finish_with_log()?, WHY, start)?;
+    same("printed and suppressed", lines + suppressed, REQUESTS)
+}
+
+/// A guest has a slot come back for which there are no mappings left, again and again.
+fn slots_in_the_log(lab: &Lab) -> Result<()> {
+    const FEW: u64 = 2048;
+    const TIMES: u64 = 100;
+    /// What is hidden by a PAM register, and takes as many mappings.
+    const HIDDEN: u64 = 8;
+    const WHY: &str = "a device cannot map what is shared";
+    let start = Instant::now();
+    let limit = Parameter::set("vfio_iommu_type1", "dma_entry_limit", FEW)?;
+    let launch = TYPE1.launch(lab, RAM, ",initial-state=private,dma-granularity=4K")?;
+    let mut machine = started(launch.with(STARTS_PRIVATE))?;
+    drop(limit);
+    pam(&mut machine, PAM, ALL_RAM)?;
+    machine.convert(PAM_RAM, HIDDEN, Shared)?;
+    let free = host::dma_available(machine.pid())? - OTHERS;
+    machine.convert(BASE, free, Shared)?;
+    let elsewhere = BASE + free * PAGE;
+    for _ in 0..TIMES {
+        pam(&mut machine, PAM, 0)?;
+        machine.convert(elsewhere, HIDDEN, Shared)?;
+        pam(&mut machine, PAM, ALL_RAM)?;
+        machine.convert(elsewhere, HIDDEN, Private)?;
+    }
+    let suppressed = machine.statistic("suppressed-messages")?;
+    let lines = few_lines(&machine.finish_with_log()?, WHY, start)?;
+    println!("  {suppressed} messages were suppressed");
+    ensure!(
+        lines + suppressed >= TIMES,
+        "{lines} printed, {suppressed} suppressed"
+    );
+    Ok(())
 }
 
 /// Of 64 GiB the guest shares `size` bytes at once, as a Linux does for its devices, and some pages

@@ -12,7 +12,8 @@ use serde_json::json;
 use crate::machine::{Extent, Launch, Machine, OUR_GUEST, PAGE, PRIVATE, Side, joined};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{
-    BASE, DIMM, RAM, Scenario, fds_come_back, object_add, reset, same, same_extents, same_held,
+    BASE, DIMM, RAM, Scenario, fds_come_back, few_lines, object_add, reset, same, same_extents,
+    same_held,
 };
 use crate::{Lab, bench, host, report};
 
@@ -72,6 +73,7 @@ struct Answers {
 }
 
 fn run(lab: &Lab, seed: u64, requests: u64) -> Result<Answers> {
+    let start = Instant::now();
     let mut machine = Launch::kvm(lab)
         .with(&PRIVATE.replace("-m 256M", "-m 256M,slots=2,maxmem=1G"))
         .with("-action reboot=reset")
@@ -93,7 +95,8 @@ fn run(lab: &Lab, seed: u64, requests: u64) -> Result<Answers> {
     calm(&mut machine)?;
     begin(&mut machine, seed)?;
     before.are_the_same(&mut machine)?;
-    machine.finish()?;
+    // No kind of request fills the log.
+    few_lines(&machine.finish_with_log()?, "", start)?;
     println!(
         "  seed {seed}: {} requests accepted, {} refused, the DIMM plugged {} times, the longest \
          request {} ms",

@@ -539,6 +539,15 @@ impl Machine {
         Ok(())
     }
 
+    /// One of our figures in query-stats.
+    pub fn statistic(&mut self, name: &str) -> Result<u64> {
+        let figures = json!([{"provider": "private-memory", "names": [name]}]);
+        let filter = json!({"target": "vm", "providers": figures});
+        let answer = self.qmp.call("query-stats", filter)?;
+        let value = &answer[0]["stats"][0]["value"];
+        value.as_u64().with_context(|| format!("{name}: {answer}"))
+    }
+
     pub fn hmp(&mut self, command: &str) -> Result<String> {
         let answer = self
             .qmp

@@ -198,6 +198,26 @@ pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) -
     Ok(())
 }
 
+/// What a guest can have printed again and again is printed so often at once, and once a minute.
+const MESSAGES_AT_ONCE: u64 = 10;
+
+/// That many lines of `log` have `message` at most, for a machine that has run since `start`; gives
+/// how many. Each but those at once may be preceded by one that tells of suppressed ones.
+pub fn few_lines(log: &str, message: &str, start: Instant) -> Result<u64> {
+    let has = |what: &str| log.lines().filter(|line| line.contains(what)).count() as u64;
+    let minutes = start.elapsed().as_secs() / 60;
+    let (lines, told) = (
+        has(message),
+        has("messages like the next one were suppressed"),
+    );
+    println!("  {lines} lines have '{message}'");
+    ensure!(
+        lines <= MESSAGES_AT_ONCE + minutes && told <= minutes,
+        "after {minutes} minutes, {lines} lines have '{message}', {told} tell of suppressed ones"
+    );
+    Ok(lines)
+}
+
 /// What `region` says is what must be held: nothing twice, private pages all touched.
 pub fn same_held(info: &PrivateMemory, private_held: u64) -> Result<()> {
     same("private-held", info.private_held, Some(private_held))?;
@@ -788,12 +808,12 @@ pub fn same_extents(found: &[Extent], expected: &[Extent]) -> Result<()> {
 /// The q35 host bridge's registers for 768 to 960 KiB, two times 16 KiB each. After a reset there is
 /// ROM up to 896 KiB; with 0x33 there is RAM.
 const PAMS: std::ops::RangeInclusive<u64> = 0x91..=0x96;
-const PAM: u64 = 0x92;
-const PAM_RAM: u64 = 0xc_8000;
-const ALL_RAM: u64 = 0x33;
+pub const PAM: u64 = 0x92;
+pub const PAM_RAM: u64 = 0xc_8000;
+pub const ALL_RAM: u64 = 0x33;
 const LOW_END: u64 = 0xc_0000;
 
-fn pam(machine: &mut Machine, register: u64, value: u64) -> Result<()> {
+pub fn pam(machine: &mut Machine, register: u64, value: u64) -> Result<()> {
     machine.ask_ok(&format!("pam {register:#x} {value:#x}"))
 }
 
