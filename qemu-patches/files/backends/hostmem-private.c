@@ -19,6 +19,7 @@
 #include "qemu/units.h"
 #include "qom/object_interfaces.h"
 #include "hw/boards.h"
+#include "hw/resettable.h"
 #include "hw/vmstate-if.h"
 #include "migration/blocker.h"
 #include "migration/postcopy-ram.h"
@@ -46,6 +47,7 @@ struct HostMemoryBackendPrivate {
     uint64_t dma_granularity;
 
     struct privmem_region *region;
+    ResettableState reset_state;
     /* The shared store's, 0 without. */
     uint64_t huge_page;
     Error *migration_blocker;
@@ -284,14 +286,28 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
     return true;
 }
 
-/* Comes before ROMs and firmware are put into RAM again. */
-static void private_backend_reset(void *opaque)
+static ResettableState *private_backend_reset_state(Object *obj)
 {
-    HostMemoryBackendPrivate *m = opaque;
+    return &MEMORY_BACKEND_PRIVATE(obj)->reset_state;
+}
+
+/*
+ * Runs before ROMs and firmware are written to RAM again, which is in the same
+ * phase. A guest that wakes up from suspend to RAM (S3) finds its memory as it
+ * left it. All other types that reset a machine (RESET_TYPE_COLD, whatever
+ * asked for it, and RESET_TYPE_SNAPSHOT_LOAD, after which contents are loaded)
+ * put memory back. RESET_TYPE_S390_CPU_* reset a CPU and do not come here.
+ */
+static void private_backend_reset_hold(Object *obj, ResetType type)
+{
+    HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
     MemoryRegion *mr = &MEMORY_BACKEND(m)->mr;
-    const char *id = object_get_canonical_path_component(OBJECT(m));
+    const char *id = object_get_canonical_path_component(obj);
     int ret;
 
+    if (type == RESET_TYPE_WAKEUP) {
+        return;
+    }
     if (!cpus_are_resettable()) {
         /* A new machine whose memory has its initial contents already. */
         return;
@@ -385,7 +401,7 @@ static bool private_backend_memory_alloc(HostMemoryBackend *backend,
         !private_backend_map(m, id, errp)) {
         return false;
     }
-    qemu_register_reset(private_backend_reset, m);
+    qemu_register_resettable(OBJECT(m));
     return true;
 }
 
@@ -784,7 +800,7 @@ static void private_backend_instance_finalize(Object *obj)
 {
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
 
-    qemu_unregister_reset(private_backend_reset, m);
+    qemu_unregister_resettable(obj);
     g_free(m->saved_state);
     if (m->postcopy_notifier.notify) {
         postcopy_remove_notifier(&m->postcopy_notifier);
@@ -801,12 +817,15 @@ static void private_backend_class_init(ObjectClass *oc, ClassInitData *data)
     HostMemoryBackendClass *bc = MEMORY_BACKEND_CLASS(oc);
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
     RamDiscardManagerClass *rdmc = RAM_DISCARD_MANAGER_CLASS(oc);
+    ResettableClass *rc = RESETTABLE_CLASS(oc);
 
     oc->unparent = private_backend_unparent;
     bc->alloc = private_backend_memory_alloc;
     parent_complete = ucc->complete;
     ucc->complete = private_backend_complete;
     VMSTATE_IF_CLASS(oc)->get_id = private_backend_get_id;
+    rc->get_state = private_backend_reset_state;
+    rc->phases.hold = private_backend_reset_hold;
     rdmc->get_min_granularity = private_backend_get_min_granularity;
     rdmc->is_populated = private_backend_is_populated;
     rdmc->replay_populated = private_backend_replay_populated;
@@ -867,6 +886,7 @@ static const TypeInfo private_backend_info = {
     .interfaces = (InterfaceInfo[]) {
         { TYPE_RAM_DISCARD_MANAGER },
         { TYPE_VMSTATE_IF },
+        { TYPE_RESETTABLE_INTERFACE },
         { }
     },
 };

@@ -52,6 +52,10 @@
  *   events ADDR                          raise each kind of event, and use what
  *                                        KVM serves; private pages at ADDR     -> events ... | bad ...
  *   eject SLOT                           q35: the DIMM may be unplugged       -> ok
+ *   suspend                              q35: to RAM (S3); the guest starts
+ *                                        anew when it wakes up, and memory
+ *                                        from 1 MiB on is as it was           -> no reply
+ *   reboot                               q35: by the reset control register   -> no reply
  *   exit STATUS                          leave through isa-debug-exit
  */
 #include "machine.h"
@@ -689,6 +693,44 @@ static void eject(u32 slot)
 {
 	outl(DIMM_SELECT, slot);
 	outb(DIMM_CONTROL, DIMM_EJECT);
+}
+
+/* ---- sleep and reset ---- */
+
+/* The q35's power management, placed where SeaBIOS has it. */
+enum {
+	LPC_CONFIG = 0x8000f800,	/* bus 0, device 31 */
+	LPC_PMBASE = 0x40,
+	LPC_ACPI_CONTROL = 0x44,
+	ACPI_ENABLE = 0x80,
+	PM_BASE = 0x600,
+	PM1_CONTROL = PM_BASE + 4,
+	SLEEP_TYPE_S3 = 1 << 10,
+	SLEEP_ENABLE = 1 << 13,
+	RESET_CONTROL = 0xcf9,
+	RESET_ALL = 6,
+};
+
+static void halt(void)
+{
+	for (;;)
+		asm volatile("cli; hlt");
+}
+
+static void suspend(void)
+{
+	outl(PCI_ADDRESS, LPC_CONFIG | LPC_PMBASE);
+	outl(PCI_DATA, PM_BASE | 1);
+	outl(PCI_ADDRESS, LPC_CONFIG | LPC_ACPI_CONTROL);
+	outb(PCI_DATA, ACPI_ENABLE);
+	outw(PM1_CONTROL, SLEEP_TYPE_S3 | SLEEP_ENABLE);
+	halt();
+}
+
+static void reboot(void)
+{
+	outb(RESET_CONTROL, RESET_ALL);
+	halt();
 }
 
 /* ---- a hostile guest ---- */
@@ -1480,6 +1522,10 @@ static bool obey(char *word[], int n)
 	} else if (n == 2 && same(word[0], "eject")) {
 		eject(a[0]);
 		put("ok\n");
+	} else if (n == 1 && same(word[0], "suspend")) {
+		suspend();
+	} else if (n == 1 && same(word[0], "reboot")) {
+		reboot();
 	} else if (n == 2 && same(word[0], "exit")) {
 		leave(a[0]);
 	} else {

@@ -689,19 +689,193 @@ static void test_relocate(void)
     unlink(filename);
 }
 
-static void test_reset(void)
-{
-    QTestState *qts = start();
+/* ACPI's registers of the q35 machine, placed where SeaBIOS has them. */
+#define PM_BASE 0x600
+#define TCO_BASE (PM_BASE + 0x60)
+#define LPC_CONFIG 0x8000f800       /* bus 0, device 31, function 0 */
 
-    qtest_memset(qts, 1 * MiB, 0x12, 2 * PAGE);
-    convert_ok(qts, 1 * MiB, PAGE, true);
-    qtest_memset(qts, 1 * MiB, 0x34, PAGE);
+static void enable_acpi(QTestState *qts)
+{
+    qtest_outl(qts, 0xcf8, LPC_CONFIG | 0x40);
+    qtest_outl(qts, 0xcfc, PM_BASE | 1);
+    qtest_outl(qts, 0xcf8, LPC_CONFIG | 0x44);
+    qtest_outb(qts, 0xcfc, 0x80);
+}
+
+/* PM1_CNT: SLP_TYP 1 is suspend to RAM (S3), and SLP_EN. */
+static void suspend(QTestState *qts)
+{
+    enable_acpi(qts);
+    qtest_outw(qts, PM_BASE + 4, 1 << 10 | 1 << 13);
+    qtest_qmp_eventwait(qts, "SUSPEND");
+}
+
+static void system_reset(QTestState *qts)
+{
     qtest_qmp_assert_success(qts, "{ 'execute': 'system_reset' }");
-    qtest_qmp_eventwait(qts, "RESET");
-    assert_figure(qts, "ram0", "private", 0);
-    assert_page(qts, 1 * MiB, 0);
-    assert_page(qts, 1 * MiB + PAGE, 0x12);
-    qtest_quit(qts);
+}
+
+static void reset_while_suspended(QTestState *qts)
+{
+    suspend(qts);
+    system_reset(qts);
+}
+
+/* The host bridge's reset control register. */
+static void guest_reset(QTestState *qts)
+{
+    qtest_outb(qts, 0xcf9, 6);
+}
+
+static void keyboard_reset(QTestState *qts)
+{
+    qtest_outb(qts, 0x64, 0xfe);
+}
+
+/*
+ * The chipset's watchdog, after 4 ticks of 0.6 s, twice. The clock must not have
+ * to go on from there: a machine that stops stops it.
+ */
+static void watchdog_expires(QTestState *qts)
+{
+    enable_acpi(qts);
+    /* GCS: without NO_REBOOT, which QEMU 10.0 sets. */
+    qtest_outl(qts, 0xcf8, LPC_CONFIG | 0xf0);
+    qtest_outl(qts, 0xcfc, 0xfed1c001);
+    qtest_writel(qts, 0xfed1c000 + 0x3410, 0);
+    qtest_outw(qts, TCO_BASE + 0x12, 4);
+    qtest_outw(qts, TCO_BASE, 4);
+    qtest_outw(qts, TCO_BASE + 8, 0);
+    qtest_clock_step(qts, 2 * 4 * 600 * 1000 * 1000LL);
+}
+
+static void guest_panics(QTestState *qts)
+{
+    qtest_outb(qts, 0x505, 1);
+}
+
+/* How memory is before whatever happens to the machine, and is to stay. */
+static void fill_both_sides(QTestState *qts, uint64_t private)
+{
+    convert_ok(qts, 1 * MiB, 2 * PAGE, true);
+    convert_ok(qts, 1 * MiB + 2 * PAGE, 2 * PAGE, false);
+    qtest_memset(qts, 1 * MiB, 0x34, 2 * PAGE);
+    qtest_memset(qts, 1 * MiB + 2 * PAGE, 0x12, 2 * PAGE);
+    assert_figure(qts, "ram0", "private", private);
+}
+
+static void assert_kept(QTestState *qts, uint64_t private)
+{
+    assert_figure(qts, "ram0", "private", private);
+    for (int page = 0; page < 4; page++) {
+        assert_page(qts, 1 * MiB + page * PAGE, page < 2 ? 0x34 : 0x12);
+    }
+}
+
+/* Whatever resets the machine, memory begins anew on its side. */
+static void test_resets(void)
+{
+    static const struct {
+        const char *options;
+        void (*reset)(QTestState *qts);
+        const char *reason;
+    } resets[] = {
+        { "", system_reset, "host-qmp-system-reset" },
+        { "", reset_while_suspended, "host-qmp-system-reset" },
+        { "", guest_reset, "guest-reset" },
+        { "", keyboard_reset, "guest-reset" },
+        { "-action watchdog=reset", watchdog_expires, "guest-reset" },
+    };
+
+    for (int i = 0; i < 2 * ARRAY_SIZE(resets); i++) {
+        const char *state = i % 2 ? "private" : "shared";
+        uint64_t others = i % 2 ? RAM_SIZE - 4 * PAGE : 0;
+        g_autofree char *options = g_strdup_printf(
+            "%s -machine memory-backend=ram0 -object memory-backend-private,"
+            "id=ram0,size=64M,emulate=on,initial-state=%s",
+            resets[i / 2].options, state);
+        QTestState *qts = start_with(options);
+        QDict *event;
+
+        fill_both_sides(qts, others + 2 * PAGE);
+        resets[i / 2].reset(qts);
+        event = qtest_qmp_eventwait_ref(qts, "RESET");
+        g_assert_cmpstr(qdict_get_str(qdict_get_qdict(event, "data"),
+                                      "reason"), ==, resets[i / 2].reason);
+        qobject_unref(event);
+        assert_figure(qts, "ram0", "private", i % 2 ? RAM_SIZE : 0);
+        for (int page = 0; page < 4; page++) {
+            assert_page(qts, 1 * MiB + page * PAGE,
+                        page >= 2 && i % 2 == 0 ? 0x12 : 0);
+        }
+        qtest_quit(qts);
+    }
+}
+
+/* Suspended to RAM, and awake again: sides and contents are as they were. */
+static void test_wakeup(void)
+{
+    for (int i = 0; i < 2; i++) {
+        QTestState *qts = start_with(
+            i ? "-machine memory-backend=ram0 -object memory-backend-private,"
+                "id=ram0,size=64M,emulate=on,initial-state=private"
+              : "-machine memory-backend=ram0 -object memory-backend-private,"
+                "id=ram0,size=64M,emulate=on");
+        uint64_t private = (i ? RAM_SIZE - 4 * PAGE : 0) + 2 * PAGE;
+
+        fill_both_sides(qts, private);
+        for (int round = 0; round < 2; round++) {
+            suspend(qts);
+            assert_kept(qts, private);
+            qtest_qmp_assert_success(qts, "{ 'execute': 'system_wakeup' }");
+            qtest_qmp_eventwait(qts, "WAKEUP");
+            assert_kept(qts, private);
+        }
+        convert_ok(qts, 1 * MiB, PAGE, false);
+        assert_page(qts, 1 * MiB, 0);
+        assert_page(qts, 1 * MiB + PAGE, 0x34);
+        qtest_quit(qts);
+    }
+}
+
+/* What stops the machine without a reset leaves memory to be looked at. */
+static void test_stops(void)
+{
+    static const struct {
+        const char *options;
+        void (*stop)(QTestState *qts);
+        const char *event;
+    } stops[] = {
+        { "-action reboot=shutdown,shutdown=pause", guest_reset, "SHUTDOWN" },
+        { "-action watchdog=pause", watchdog_expires, "WATCHDOG" },
+        { "-device pvpanic -action panic=pause", guest_panics,
+          "GUEST_PANICKED" },
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(stops); i++) {
+        g_autofree char *options = g_strdup_printf(
+            "%s -machine memory-backend=ram0 -object memory-backend-private,"
+            "id=ram0,size=64M,emulate=on", stops[i].options);
+        QTestState *qts;
+
+        if (strstr(options, "pvpanic") && !qtest_has_device("pvpanic")) {
+            g_test_message("this QEMU has no pvpanic");
+            continue;
+        }
+        qts = start_with(options);
+        fill_both_sides(qts, 2 * PAGE);
+        stops[i].stop(qts);
+        qtest_qmp_eventwait(qts, stops[i].event);
+        qtest_qmp_eventwait(qts, "STOP");
+        assert_kept(qts, 2 * PAGE);
+        qtest_qmp_assert_success(qts, "{ 'execute': 'set-action', "
+                                 "'arguments': { 'reboot': 'reset' } }");
+        system_reset(qts);
+        qtest_qmp_eventwait(qts, "RESET");
+        assert_figure(qts, "ram0", "private", 0);
+        assert_page(qts, 1 * MiB, 0);
+        qtest_quit(qts);
+    }
 }
 
 static void test_hmp(void)
@@ -1529,7 +1703,9 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/relocate", test_relocate);
     qtest_add_func("/private-memory/relocate-while-running",
                    test_relocate_while_running);
-    qtest_add_func("/private-memory/reset", test_reset);
+    qtest_add_func("/private-memory/resets", test_resets);
+    qtest_add_func("/private-memory/wakeup", test_wakeup);
+    qtest_add_func("/private-memory/stops", test_stops);
     qtest_add_func("/private-memory/hmp", test_hmp);
     qtest_add_func("/private-memory/hmp-width", test_hmp_width);
     qtest_add_func("/private-memory/hmp-convert", test_hmp_convert);

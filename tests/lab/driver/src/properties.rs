@@ -29,7 +29,7 @@ pub fn all() -> Vec<Scenario> {
 const HUGE: u64 = 2 << 20;
 
 /// The usual private machine with more properties for `ram0`.
-fn with_properties(lab: &Lab, properties: &str) -> Launch {
+pub fn with_properties(lab: &Lab, properties: &str) -> Launch {
     let object = format!("id=ram0,size=256M,{properties}");
     Launch::kvm(lab).with(&PRIVATE.replace("id=ram0,size=256M", &object))
 }

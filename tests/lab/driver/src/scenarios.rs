@@ -154,6 +154,8 @@ pub fn all() -> Vec<Scenario> {
         Scenario::new("slots-keep-state", slots_keep_state),
         Scenario::new("slots-change-while-converting", slots_change),
         Scenario::new("reset-makes-shared", reset_makes_shared),
+        Scenario::new("wake-up-keeps-memory", wake_up_keeps_memory),
+        Scenario::new("stops-keep-memory", stops_keep_memory),
         Scenario::new("dirty-rate-does-not-abort", dirty_rate),
         Scenario::new("bad-requests-qmp", bad_requests_qmp),
         Scenario::new("bad-requests-guest", bad_requests_guest),
@@ -968,6 +970,124 @@ fn reset_makes_shared(lab: &Lab) -> Result<()> {
     reset(&mut machine)?;
     churn_and_undo(&mut machine)?;
     machine.finish()
+}
+
+/// Both firmwares of our guest, and the state that memory has at first with each.
+const FIRMWARES: [(&str, &str); 2] = [
+    ("guest.bin", "initial-state=shared"),
+    ("guest-private.bin", "initial-state=private"),
+];
+
+/// Machines of both initial states with 16 private pages among shared ones at [`BASE`], all filled.
+fn both_sides(lab: &Lab, firmware: &str, state: &str, options: &str) -> Result<Machine> {
+    let mut machine = properties::with_properties(lab, state)
+        .with(&format!("-bios /guest/{firmware} {options}"))
+        .start_guest()?;
+    machine.convert(BASE, 32, Shared)?;
+    machine.convert(BASE + 8 * PAGE, 16, Private)?;
+    machine.fill(BASE, 32, 7)?;
+    Ok(machine)
+}
+
+/// Suspends the machine to RAM; returns once it is.
+fn suspend(machine: &mut Machine) -> Result<()> {
+    machine.send("suspend")?;
+    machine.qmp.event("SUSPEND")?;
+    let status = machine.qmp.call("query-status", json!({}))?;
+    same("status", status["status"].as_str(), Some("suspended"))
+}
+
+/// A guest that wakes up from suspend to RAM finds sides and contents as it left them, on both
+/// vCPUs; a reset of a suspended machine is a reset like any other.
+fn wake_up_keeps_memory(lab: &Lab) -> Result<()> {
+    for (firmware, state) in FIRMWARES {
+        let mut machine = both_sides(lab, firmware, state, "-action reboot=reset")?;
+        let extents = machine.extents("ram0")?;
+        for _ in 0..2 {
+            let cpus = machine.ask("smp")?;
+            same("the guest's reply to smp", cpus.as_str(), "cpus 2")?;
+            let before = machine.region("ram0")?;
+            suspend(&mut machine)?;
+            machine.qmp.call("system_wakeup", json!({}))?;
+            machine.ready()?;
+            machine.qmp.event("WAKEUP")?;
+            let after = machine.region("ram0")?;
+            same("private", after.private, before.private)?;
+            same_held(&after, before.private_held.unwrap_or_default())?;
+            same_extents(&machine.extents("ram0")?, &extents)?;
+            machine.check(BASE, 32, 7)?;
+        }
+        machine.convert(BASE + 8 * PAGE, 1, Shared)?;
+        machine.check_zero(BASE + 8 * PAGE, 1)?;
+        machine.check(BASE + 9 * PAGE, 23, 7)?;
+
+        suspend(&mut machine)?;
+        machine.qmp.call("system_reset", json!({}))?;
+        machine.qmp.event("RESET")?;
+        machine.qmp.call("cont", json!({}))?;
+        machine.ready()?;
+        check_is_new(&mut machine, state)?;
+        machine.finish()?;
+    }
+    Ok(())
+}
+
+/// After a reset: nothing private is left of what [`both_sides`] made.
+fn check_is_new(machine: &mut Machine, state: &str) -> Result<()> {
+    machine.check_zero(BASE + 8 * PAGE, 16)?;
+    match state {
+        "initial-state=private" => machine.check_zero(BASE, 8),
+        _ => {
+            same("private", machine.region("ram0")?.private, 0)?;
+            machine.check(BASE, 8, 7)
+        }
+    }
+}
+
+/// A guest that resets a machine whose resets are to stop it leaves memory to be looked at; the
+/// operator's reset then begins anew.
+fn stops_keep_memory(lab: &Lab) -> Result<()> {
+    for (firmware, state) in FIRMWARES {
+        let options = "-action reboot=shutdown,shutdown=pause";
+        let mut machine = both_sides(lab, firmware, state, options)?;
+        let before = machine.region("ram0")?;
+        machine.send("reboot")?;
+        machine.qmp.event("SHUTDOWN")?;
+        machine.qmp.event("STOP")?;
+        let after = machine.region("ram0")?;
+        same("private", after.private, before.private)?;
+        same_held(&after, before.private_held.unwrap_or_default())?;
+        for (addr, pages) in [(BASE, 8), (BASE + 24 * PAGE, 8)] {
+            let bytes = machine
+                .pmemsave(addr, pages * PAGE)?
+                .map_err(anyhow::Error::msg)?;
+            ensure!(
+                bytes == pattern(addr, pages * PAGE, 7),
+                "shared memory at {addr:#x} is not what the guest wrote"
+            );
+        }
+        let action = json!({"reboot": "reset", "shutdown": "poweroff"});
+        machine.qmp.call("set-action", action)?;
+        machine.qmp.call("system_reset", json!({}))?;
+        machine.qmp.event("RESET")?;
+        machine.qmp.call("cont", json!({}))?;
+        machine.ready()?;
+        check_is_new(&mut machine, state)?;
+        // By the guest's own hand now.
+        machine.fill(BASE + 8 * PAGE, 16, 9)?;
+        machine.convert(BASE + 8 * PAGE, 16, Private)?;
+        machine.fill(BASE + 8 * PAGE, 16, 9)?;
+        machine.send("reboot")?;
+        machine.ready()?;
+        same(
+            "the guest's own reset",
+            machine.qmp.event("RESET")?["reason"].as_str(),
+            Some("guest-reset"),
+        )?;
+        check_is_new(&mut machine, state)?;
+        machine.finish()?;
+    }
+    Ok(())
 }
 
 /// Conversions work; leaves all pages shared.
