@@ -333,10 +333,14 @@ impl Region {
                 contents.resize(offsets.len() as usize, 0);
                 self.read(to.other(), offsets, &mut contents)?;
                 self.vm.convert_offsets(self, offsets, to)?;
-                // What reads zero needs no memory, but a store may have kept some.
                 match contents.iter().any(|byte| *byte != 0) {
                     true => self.write(to, offsets, &contents)?,
-                    false => self.free(to, offsets)?,
+                    // The store may have kept other contents, which must not come up. A region
+                    // that preallocates holds memory for zeroes, too.
+                    false => {
+                        self.free(to, offsets)?;
+                        self.allocate(to, offsets)?;
+                    }
                 }
             }
         }

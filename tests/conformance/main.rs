@@ -33,6 +33,7 @@ macro_rules! conformance_tests {
             rules::what_is_discarded_reads_zero_on_either_side,
             rules::a_failed_page_comes_back_empty,
             rules::a_saved_state_is_loaded_with_contents_or_not_at_all,
+            rules::a_loaded_region_holds_what_it_is_to_preallocate,
             rules::private_memory_moves_or_all_is_as_it_was,
             rules::listeners_see_exactly_the_runs,
             rules::listener_that_refuses_changes_nothing,

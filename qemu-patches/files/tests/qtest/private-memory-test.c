@@ -1369,6 +1369,39 @@ static void test_prealloc(void)
     qtest_quit(qts);
 }
 
+/* A machine that is loaded holds all of its memory as well. */
+static void test_prealloc_loaded(void)
+{
+    g_autofree char *file = g_strdup_printf("%s.migration", firmware_file);
+    g_autofree char *uri = g_strdup_printf("file:%s", file);
+    QTestState *qts = start();
+
+    if (!can_tell_held(qts)) {
+        g_test_skip("this kernel has no cachestat(2)");
+        qtest_quit(qts);
+        return;
+    }
+    convert_ok(qts, 16 * MiB, 16 * MiB, true);
+    qtest_memset(qts, 16 * MiB, 0x11, 5 * PAGE);
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate', "
+                             "'arguments': { 'uri': %s } }", uri);
+    wait_for_migration(qts, "completed");
+    qtest_quit(qts);
+
+    qts = start_ram0("prealloc=on -incoming defer");
+    qtest_qmp_assert_success(qts, "{ 'execute': 'migrate-incoming', "
+                             "'arguments': { 'uri': %s } }", uri);
+    wait_for_migration(qts, "completed");
+    assert_figure(qts, "ram0", "private", 16 * MiB);
+    assert_figure(qts, "ram0", "private-held", 16 * MiB);
+    assert_figure(qts, "ram0", "shared-held", RAM_SIZE - 16 * MiB);
+    assert_figure(qts, "ram0", "held-twice", 0);
+    assert_page(qts, 16 * MiB, 0x11);
+    assert_page(qts, 32 * MiB - PAGE, 0);
+    qtest_quit(qts);
+    unlink(file);
+}
+
 /*
  * A legacy virtio balloon, which wants no more than I/O ports.
  */
@@ -1720,6 +1753,7 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/initial-state", test_initial_state);
     qtest_add_func("/private-memory/discard", test_discard);
     qtest_add_func("/private-memory/prealloc", test_prealloc);
+    qtest_add_func("/private-memory/prealloc-loaded", test_prealloc_loaded);
     qtest_add_func("/private-memory/balloon", test_balloon);
     qtest_add_func("/private-memory/listener", test_listener);
     qtest_add_func("/private-memory/dump", test_dump);
