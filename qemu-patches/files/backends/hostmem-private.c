@@ -286,6 +286,30 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
     return true;
 }
 
+/*
+ * Code that was translated from what a reset changes must not run any more, and
+ * a migration must send it: what is not on its first side, or all of it where
+ * that is the private one. Shared memory keeps its contents. Before the reset,
+ * which makes them forget, and under the BQL, which a migration takes to see what
+ * has changed.
+ */
+static void private_backend_invalidate(HostMemoryBackendPrivate *m,
+                                       const char *id)
+{
+    bool all = m->initial_state == PRIVATE_MEMORY_INITIAL_STATE_PRIVATE;
+    MemoryRegion *mr = &MEMORY_BACKEND(m)->mr;
+    struct privmem_run run;
+    uint64_t at = 0;
+
+    while (!privmem_region_next_run(m->region, at, &run)) {
+        if (all || run.is_private) {
+            trace_private_backend_invalidate(id, run.offset, run.size);
+            memory_region_invalidate_code(mr, run.offset, run.size);
+        }
+        at += run.size;
+    }
+}
+
 static ResettableState *private_backend_reset_state(Object *obj)
 {
     return &MEMORY_BACKEND_PRIVATE(obj)->reset_state;
@@ -301,7 +325,6 @@ static ResettableState *private_backend_reset_state(Object *obj)
 static void private_backend_reset_hold(Object *obj, ResetType type)
 {
     HostMemoryBackendPrivate *m = MEMORY_BACKEND_PRIVATE(obj);
-    MemoryRegion *mr = &MEMORY_BACKEND(m)->mr;
     const char *id = object_get_canonical_path_component(obj);
     int ret;
 
@@ -312,13 +335,15 @@ static void private_backend_reset_hold(Object *obj, ResetType type)
         /* A new machine whose memory has its initial contents already. */
         return;
     }
+    if (m->emulate) {
+        private_backend_invalidate(m, id);
+    }
     ret = privmem_region_reset(m->region);
     trace_private_backend_reset(id, ret);
     if (ret) {
         private_memory_report(error_report, TYPE_MEMORY_BACKEND_PRIVATE " '%s':"
                               " cannot be reset: %s", id, privmem_last_error());
     }
-    memory_region_invalidate_code(mr, 0, memory_region_size(mr));
 }
 
 /* The shared store's size of huge pages is by default the host's. */

@@ -812,6 +812,57 @@ static void test_resets(void)
     }
 }
 
+/* The sum of the sizes in what was traced as @event, and how often it was. */
+static uint64_t traced(const char *file, const char *event, int *count)
+{
+    g_autofree char *text = NULL;
+    uint64_t sum = 0;
+    char *at;
+
+    *count = 0;
+    if (!g_file_get_contents(file, &text, NULL, NULL)) {
+        return 0;
+    }
+    for (at = text; (at = strstr(at, event)); at++) {
+        sum += g_ascii_strtoull(strstr(at, " size ") + strlen(" size "), NULL,
+                                0);
+        (*count)++;
+    }
+    return sum;
+}
+
+/*
+ * What a reset costs follows what was private: TCG is told of that only. (Not
+ * so where memory begins private, as it all becomes zero.)
+ */
+static void test_reset_invalidates(void)
+{
+    g_autofree char *file = g_strdup_printf("%s.trace", firmware_file);
+    g_autofree char *options = g_strdup_printf(
+        "-d trace:private_backend_invalidate -D %s -machine memory-backend=ram0 "
+        "-object memory-backend-private,id=ram0,size=64M,emulate=on", file);
+    QTestState *qts = start_with(options);
+    uint64_t size;
+    int count;
+
+    convert_ok(qts, 1 * MiB, 3 * PAGE, true);
+    convert_ok(qts, 32 * MiB, 5 * PAGE, true);
+    convert_ok(qts, RAM_SIZE - PAGE, PAGE, true);
+    system_reset(qts);
+    qtest_qmp_eventwait(qts, "RESET");
+    size = traced(file, "private_backend_invalidate", &count);
+    g_assert_cmpint(count, ==, 3);
+    g_assert_cmpint(size, ==, 9 * PAGE);
+
+    /* Nothing is private now. */
+    system_reset(qts);
+    qtest_qmp_eventwait(qts, "RESET");
+    traced(file, "private_backend_invalidate", &count);
+    g_assert_cmpint(count, ==, 3);
+    qtest_quit(qts);
+    unlink(file);
+}
+
 /* Suspended to RAM, and awake again: sides and contents are as they were. */
 static void test_wakeup(void)
 {
@@ -1737,6 +1788,8 @@ int main(int argc, char **argv)
     qtest_add_func("/private-memory/relocate-while-running",
                    test_relocate_while_running);
     qtest_add_func("/private-memory/resets", test_resets);
+    qtest_add_func("/private-memory/reset-invalidates",
+                   test_reset_invalidates);
     qtest_add_func("/private-memory/wakeup", test_wakeup);
     qtest_add_func("/private-memory/stops", test_stops);
     qtest_add_func("/private-memory/hmp", test_hmp);
