@@ -765,6 +765,20 @@ void privmem_conversion_free(struct privmem_conversion *conversion);
 int privmem_vm_prefault(const struct privmem_vm *vm, int vcpu_fd, uint64_t gpa, uint64_t size);
 
 /**
+ * Answers a KVM_RUN that failed with EFAULT, but not with KVM_EXIT_MEMORY_FAULT: 0 if
+ * the vCPU may run on and try again. That happens where its access to shared memory
+ * meets a conversion half-way, with `privmem_region_slot_mapping`.
+ *
+ * To be called on the vCPU's own thread, as it counts how often the fault comes back.
+ *
+ * Errors: -EINVAL for NULL; -EFAULT where trying again does not help.
+ *
+ * # Safety
+ * `vm` is NULL or a live handle.
+ */
+int privmem_vm_run_fault(const struct privmem_vm *vm);
+
+/**
  * Answers KVM_EXIT_MEMORY_FAULT with EFAULT for `size` bytes at guest-physical
  * `gpa`, which the vCPU touched as private if `is_private`
  * (KVM_MEMORY_EXIT_FLAG_PRIVATE): 0 if it may run on and try again.
@@ -1081,6 +1095,28 @@ int privmem_region_reset(const struct privmem_region *region);
  * until the region is freed.
  */
 int privmem_region_set_host_mapping(const struct privmem_region *region, void *host);
+
+/**
+ * Gives, in `*address`, where the shared store is mapped for KVM's memory slots:
+ * `userspace_addr` of a slot is this plus the offset of its binding.
+ *
+ * KVM reads and writes guest memory by that address whatever the memory attributes
+ * say, for example where a guest tells it to keep a clock in a private page. In the
+ * caller's own mapping that takes a page of the shared store, and the guest has memory
+ * held twice. In this one, which the library makes at the first call, such accesses
+ * fail. Nobody but KVM may access it; SIGBUS may name an address in it. It lives until
+ * the region is freed.
+ *
+ * With it, `privmem_vm_run_fault` must answer KVM_RUN.
+ *
+ * Errors: -EINVAL for NULL; -EOPNOTSUPP where the kernel cannot do that (before Linux
+ * 6.15), for huge pages and with the emulated agent: slots take the address of the
+ * caller's mapping then; what the kernel returned.
+ *
+ * # Safety
+ * `region` is NULL or a live handle; `address` is NULL or valid for writing.
+ */
+int privmem_region_slot_mapping(const struct privmem_region *region, void **address);
 
 /**
  * Whether the host may touch the byte at `offset` through its mapping, and,

@@ -105,8 +105,13 @@ impl<'a> Segment<'a> {
         vm.switch(self.region, self.offsets, self.gpa, to)
     }
 
+    /// Frees what the side holds that is left. Shared memory is hidden from KVM's own
+    /// accesses before, which would take it again.
     #[inline(always)]
-    fn punch(&self, side: Side) -> Result<()> {
+    fn leave(&self, side: Side) -> Result<()> {
+        if let (Side::Shared, Some(slots)) = (side, self.region.slots()) {
+            slots.hide(self.offsets)?;
+        }
         self.region.punch(side, self.offsets)
     }
 
@@ -356,6 +361,31 @@ impl Vm {
         let bindings = self.bindings();
         match resolve(&bindings, fault).is_empty() {
             true => self.set_attributes(fault, Side::Shared),
+            false => Ok(()),
+        }
+    }
+
+    /// Answers a `KVM_RUN` that failed with EFAULT, but without `KVM_EXIT_MEMORY_FAULT`.
+    /// `Ok` means that the vCPU may run on. To be called on the vCPU's own thread.
+    ///
+    /// KVM looks up whether memory is private before it looks up the page by the slot's
+    /// address. Where memory becomes private in between, that address does not lead to it
+    /// any more ([`Region::slot_mapping`]), which a retry finds out: `kvm_mmu_faultin_pfn()`
+    /// and `kvm_handle_error_pfn()` in arch/x86/kvm/mmu/mmu.c. KVM has other reasons for
+    /// EFAULT, which no retry removes, so that patience has an end.
+    pub fn run_fault(&self) -> Result<()> {
+        thread_local! {
+            static LAST: Cell<(u64, u32)> = const { Cell::new((0, 0)) };
+        }
+        let bindings = self.bindings();
+        let generation = bindings.iter().map(|b| b.region.requests.get()).sum();
+        let times = match LAST.get() {
+            (seen, times) if seen == generation => times + 1,
+            _ => 1,
+        };
+        LAST.set((generation, times));
+        match times > HOPELESS_FAULTS {
+            true => Err(Error::HopelessRun),
             false => Ok(()),
         }
     }
@@ -740,7 +770,7 @@ fn convert(step: &Step, done: &mut Done) -> Result<()> {
         })?;
     }
     step.try_each(|_, change| {
-        change.punch(to.other())?;
+        change.leave(to.other())?;
         done.punched += 1;
         Ok(())
     })
@@ -781,7 +811,7 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
         let bytes = change.offsets.len();
         let reached = |phase: usize| number < phase;
         if reached(done.switched) && change.switch(to.other()).is_err() {
-            let _ = change.punch(to.other());
+            let _ = change.leave(to.other());
             change.publish(to);
             change.after(to);
             stuck += bytes;
@@ -790,7 +820,7 @@ fn undo(step: &Step, done: &Done, cause: Error) -> Error {
         // What was preallocated, or a vCPU wrote, on the new side meanwhile. If
         // it cannot be freed now, the next conversion frees it before it can
         // come up.
-        let _ = change.punch(to);
+        let _ = change.leave(to);
         if reached(done.asked) {
             change.after(to.other());
         }

@@ -212,6 +212,18 @@ pub enum Error {
     )]
     CannotPrefault,
 
+    #[error(
+        "KVM could not reach shared memory of the guest (EFAULT), again and again, while nothing \
+         is converted; the host may have no memory left"
+    )]
+    HopelessRun,
+
+    #[error(
+        "this kernel has no guard regions in shared memory (MADV_GUARD_INSTALL): use Linux 6.15 or \
+         newer, and no huge pages"
+    )]
+    NoGuardRegions,
+
     #[error("internal error (panic): {0}")]
     Panic(String),
 }
@@ -284,6 +296,7 @@ impl Error {
             Error::NoPrivateMemory(_)
             | Error::HostPageSize(_)
             | Error::CannotLoad(_)
+            | Error::NoGuardRegions
             | Error::CannotPrefault => libc::EOPNOTSUPP,
             Error::NoMemoryForState { .. } => libc::ENOMEM,
             Error::CannotRelocate { .. } => libc::EOPNOTSUPP,
@@ -296,7 +309,7 @@ impl Error {
             Error::Kernel { source, .. }
             | Error::Command { source, .. }
             | Error::Agent { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-            Error::HopelessFault { .. } => libc::EFAULT,
+            Error::HopelessFault { .. } | Error::HopelessRun => libc::EFAULT,
             Error::Undone { cause, .. }
             | Error::NotRetired { cause, .. }
             | Error::Reset { cause, .. } => cause.errno(),

@@ -1145,6 +1145,22 @@ pub unsafe extern "C" fn privmem_vm_prefault(
     })
 }
 
+/// Answers a KVM_RUN that failed with EFAULT, but not with KVM_EXIT_MEMORY_FAULT: 0 if
+/// the vCPU may run on and try again. That happens where its access to shared memory
+/// meets a conversion half-way, with `privmem_region_slot_mapping`.
+///
+/// To be called on the vCPU's own thread, as it counts how often the fault comes back.
+///
+/// Errors: -EINVAL for NULL; -EFAULT where trying again does not help.
+///
+/// # Safety
+/// `vm` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_vm_run_fault(vm: *const privmem_vm) -> c_int {
+    // SAFETY: a live handle or NULL, by contract.
+    guard(|| unsafe { borrow(vm, "vm") }?.0.run_fault())
+}
+
 /// Answers KVM_EXIT_MEMORY_FAULT with EFAULT for `size` bytes at guest-physical
 /// `gpa`, which the vCPU touched as private if `is_private`
 /// (KVM_MEMORY_EXIT_FLAG_PRIVATE): 0 if it may run on and try again.
@@ -1764,6 +1780,38 @@ pub unsafe extern "C" fn privmem_region_set_host_mapping(
         }
         // SAFETY: the same contract as this function's.
         unsafe { region.0.set_host_mapping(host) }
+    })
+}
+
+/// Gives, in `*address`, where the shared store is mapped for KVM's memory slots:
+/// `userspace_addr` of a slot is this plus the offset of its binding.
+///
+/// KVM reads and writes guest memory by that address whatever the memory attributes
+/// say, for example where a guest tells it to keep a clock in a private page. In the
+/// caller's own mapping that takes a page of the shared store, and the guest has memory
+/// held twice. In this one, which the library makes at the first call, such accesses
+/// fail. Nobody but KVM may access it; SIGBUS may name an address in it. It lives until
+/// the region is freed.
+///
+/// With it, `privmem_vm_run_fault` must answer KVM_RUN.
+///
+/// Errors: -EINVAL for NULL; -EOPNOTSUPP where the kernel cannot do that (before Linux
+/// 6.15), for huge pages and with the emulated agent: slots take the address of the
+/// caller's mapping then; what the kernel returned.
+///
+/// # Safety
+/// `region` is NULL or a live handle; `address` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn privmem_region_slot_mapping(
+    region: *const privmem_region,
+    address: *mut *mut c_void,
+) -> c_int {
+    guard(|| {
+        // SAFETY: a live handle or NULL, by contract.
+        let region = unsafe { borrow(region, "region") }?;
+        let start = region.0.slot_mapping()?;
+        // SAFETY: NULL or valid for writing, by contract.
+        unsafe { put(address, start as *mut c_void, "address") }
     })
 }
 

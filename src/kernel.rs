@@ -142,6 +142,25 @@ pub trait Kernel: Send + Sync {
     /// agrees to have it replaced, and that nobody unmaps meanwhile.
     unsafe fn map_fixed(&self, host: usize, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
 
+    /// Maps all `size` bytes of the memfd `fd`, where KVM can use huge pages for them,
+    /// and not for core dumps nor child processes. mmap(2), madvise(2).
+    fn map_for_slots(&self, fd: BorrowedFd, size: u64) -> io::Result<usize>;
+
+    /// munmap(2).
+    ///
+    /// # Safety
+    /// `host` up to `host + len` is a mapping that nobody accesses any more.
+    unsafe fn unmap(&self, host: usize, len: usize);
+
+    /// Makes accesses to `len` bytes at `host` fail, without taking memory, or no
+    /// longer: madvise(2), `MADV_GUARD_INSTALL` and `MADV_GUARD_REMOVE`. What is mapped
+    /// there is unmapped. EINVAL for a memfd before Linux 6.15, for huge pages, and for
+    /// locked memory.
+    ///
+    /// # Safety
+    /// `host` up to `host + len` is a mapping whose owner agrees.
+    unsafe fn guard(&self, host: usize, len: u64, install: bool) -> io::Result<()>;
+
     /// Holds off whoever writes to `len` bytes at `host`, a mapping of a memfd,
     /// for as long as the result lives; who reads goes on. userfaultfd(2) with
     /// `UFFDIO_REGISTER_MODE_WP` (EINVAL before Linux 5.19).
@@ -398,6 +417,13 @@ const SYS_CACHESTAT: libc::c_long = 451;
 /// is no program: without the flag, Linux before 6.6 fails memfd_create(2) where
 /// vm.memfd_noexec is 2.
 const MFD_NOEXEC_SEAL: libc::c_uint = 0x0008;
+
+/// include/uapi/asm-generic/mman-common.h, from Linux 6.13 on.
+const MADV_GUARD_INSTALL: libc::c_int = 102;
+const MADV_GUARD_REMOVE: libc::c_int = 103;
+
+/// Of x86-64; also how QEMU aligns RAM.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// As many NUMA nodes as any Linux has (`CONFIG_NODES_SHIFT` is 10 at most).
 const MAX_NODES: usize = 1024;
@@ -754,6 +780,73 @@ impl Kernel for Linux {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+
+    fn map_for_slots(&self, fd: BorrowedFd, size: u64) -> io::Result<usize> {
+        // KVM maps huge pages only where the address is as far from a multiple of their
+        // size as the guest-physical one (`kvm_alloc_memslot_metadata()`).
+        let len = size as usize;
+        let whole = len
+            .checked_add(HUGE_PAGE)
+            .ok_or(io::Error::from_raw_os_error(libc::ENOMEM))?;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let reserved = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), whole, libc::PROT_NONE, flags, -1, 0)
+        };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let (begin, end) = (reserved as usize, reserved as usize + whole);
+        let start = begin.next_multiple_of(HUGE_PAGE);
+        let after = start + len;
+        let at = start as *mut libc::c_void;
+        // Without access at first: after mlockall(2) the kernel would take all pages.
+        let map = || {
+            // SAFETY: replaces a part of the mapping above, which nobody else knows of.
+            unsafe {
+                let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+                if libc::mmap(at, len, libc::PROT_NONE, flags, fd.as_raw_fd(), 0)
+                    == libc::MAP_FAILED
+                {
+                    return Err(io::Error::last_os_error());
+                }
+                result(libc::munlock(at, len))?;
+                result(libc::madvise(at, len, libc::MADV_DONTDUMP))?;
+                result(libc::madvise(at, len, libc::MADV_DONTFORK))?;
+                // An advice that not every kernel takes.
+                libc::madvise(at, len, libc::MADV_HUGEPAGE);
+                result(libc::mprotect(at, len, libc::PROT_READ | libc::PROT_WRITE))
+            }
+        };
+        if let Err(error) = map() {
+            // SAFETY: nobody else knows of it.
+            unsafe { libc::munmap(reserved, whole) };
+            return Err(error);
+        }
+        // SAFETY: what is left of the reservation on either side, if anything is.
+        unsafe {
+            for (from, to) in [(begin, start), (after, end)] {
+                if from < to {
+                    libc::munmap(from as *mut libc::c_void, to - from);
+                }
+            }
+        }
+        Ok(start)
+    }
+
+    unsafe fn unmap(&self, host: usize, len: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { libc::munmap(host as *mut libc::c_void, len) };
+    }
+
+    unsafe fn guard(&self, host: usize, len: u64, install: bool) -> io::Result<()> {
+        let advice = match install {
+            true => MADV_GUARD_INSTALL,
+            false => MADV_GUARD_REMOVE,
+        };
+        // SAFETY: the owner of the mapping agrees, and the file keeps its contents.
+        result(unsafe { libc::madvise(host as *mut libc::c_void, len as usize, advice) }).map(drop)
     }
 
     unsafe fn write_protect(&self, host: usize, len: u64) -> io::Result<Blocked> {

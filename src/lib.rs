@@ -11,6 +11,7 @@
 //! | [`state`] | the state map: one bit per granule, one count per block, lock-free to read |
 //! | `range_lock` | orders conversions of overlapping ranges, first come, first served |
 //! | [`kernel`] | every call into the kernel, behind a trait so that tests can fail each of them |
+//! | `slot_mapping` | the shared store as KVM's memory slots map it, without what is private |
 //! | [`store`] | the two fds of a region: `guest_memfd` (private) and memfd (shared) |
 //! | [`agent`] | trust agents: who keeps private contents, asked and told along the way |
 //! | [`listener`] | downstream mappers, told before shared memory goes and after it has come |
@@ -48,6 +49,7 @@ mod range_lock;
 pub mod region;
 pub mod relocate;
 mod request;
+mod slot_mapping;
 pub mod state;
 pub mod store;
 mod sync;

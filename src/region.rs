@@ -13,6 +13,7 @@ use crate::listener::{Listener, Listeners};
 use crate::places::{Part, Places};
 use crate::range::{GRANULE, Range};
 use crate::range_lock::RangeLock;
+use crate::slot_mapping::SlotMapping;
 use crate::state::{Run, Side, StateMap};
 use crate::store::Store;
 use crate::vm::{Switch, Vm};
@@ -61,6 +62,8 @@ pub struct Region {
     /// Where private contents lie that are not at home in the private store.
     pub(crate) places: Places,
     host: OnceLock<usize>,
+    /// Made by [`Region::slot_mapping`].
+    slots: OnceLock<SlotMapping>,
     /// Set by [`Region::preallocate`], for good.
     pub(crate) preallocated: AtomicBool,
     /// Set by [`Region::set_numa_policy`], for good.
@@ -183,6 +186,7 @@ impl Region {
             private: Arc::new(private),
             places: Places::default(),
             host: OnceLock::new(),
+            slots: OnceLock::new(),
             preallocated: AtomicBool::new(false),
             policy: OnceLock::new(),
             lock: RangeLock::new(options.huge_page.unwrap_or(GRANULE)),
@@ -247,6 +251,34 @@ impl Region {
 
     pub(crate) fn host_mapping(&self) -> Option<usize> {
         self.host.get().copied()
+    }
+
+    /// The address of the shared store for KVM's memory slots (`userspace_addr` of offset
+    /// 0): a mapping that is not the VMM's own, without what is private, so that KVM's own
+    /// accesses to private memory take no shared memory for it. It is made by the first
+    /// call, and lives as long as the region; only KVM may access it.
+    ///
+    /// From then on a vCPU's access to shared memory that becomes private meanwhile can make
+    /// KVM_RUN fail with EFAULT, see [`Vm::run_fault`].
+    ///
+    /// [`Error::NoGuardRegions`] where the kernel cannot do that: slots take the address of
+    /// the VMM's mapping then, and KVM's accesses can make memory be held twice.
+    pub fn slot_mapping(&self) -> Result<usize> {
+        if self.options.huge_page.is_some() || self.vm.is_open() {
+            return Err(Error::NoGuardRegions);
+        }
+        let _held = self.lock.acquire(self.size);
+        if let Some(slots) = self.slots.get() {
+            return Ok(slots.address());
+        }
+        let slots = SlotMapping::new(&self.vm.kernel, &self.shared, self.size())?;
+        self.runs_on(Side::Private, self.size)
+            .try_for_each(|run| slots.hide(run))?;
+        Ok(self.slots.get_or_init(|| slots).address())
+    }
+
+    pub(crate) fn slots(&self) -> Option<&SlotMapping> {
+        self.slots.get()
     }
 
     /// The runs of `size` bytes at `offset`, in order.

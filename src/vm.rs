@@ -354,6 +354,10 @@ impl Vm {
         gpa: Option<Range>,
         side: Side,
     ) -> Result<()> {
+        if let (Side::Shared, Some(slots)) = (side, region.slots()) {
+            // Before a vCPU can reach it.
+            slots.show(offsets)?;
+        }
         match (&self.switch, gpa, region.host_mapping()) {
             (Switch::Kvm(_), Some(gpa), _) => self.set_attributes(gpa, side),
             (Switch::Kvm(_), None, _) | (Switch::Mapping, _, None) => Ok(()),
@@ -387,9 +391,12 @@ impl Vm {
             .map_err(|e| Error::kernel("mmap", e))
     }
 
-    /// Lets the VMM's mapping, if there is one, look up anew what of `offsets` is
-    /// there.
+    /// Lets the VMM's mapping and that of memory slots, if there are any, look up anew
+    /// what of `offsets` is there.
     pub(crate) fn unmap(&self, region: &Region, offsets: Range) -> Result<()> {
+        if let Some(slots) = region.slots() {
+            slots.zap(offsets)?;
+        }
         let Some(host) = region.host_mapping() else {
             return Ok(());
         };

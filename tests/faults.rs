@@ -23,6 +23,7 @@ impl Setup {
         let vm = kernel.vm();
         let regions = [(); 2].map(|()| Region::new(&vm, "r", 16 * GRANULE).unwrap());
         for (index, region) in regions.iter().enumerate() {
+            region.slot_mapping().unwrap();
             kernel.bind(region, &vm, 0, index as u64 * 16, 16);
         }
         for granule in [2, 3, 7, 15, 16, 20] {
@@ -73,6 +74,14 @@ impl Setup {
         self.vm.convert(GRANULE, 24 * GRANULE, to)
     }
 
+    fn assert_only_private_is_hidden(&self) {
+        for gpa in 0..32 {
+            let (region, granule) = self.place(gpa);
+            let is_hidden = self.kernel.hidden(region).contains(&granule);
+            assert_eq!(is_hidden, self.side(gpa) == Side::Private, "{gpa}");
+        }
+    }
+
     fn assert_map_is_the_kernels(&self) {
         let private = self.kernel.pages().private;
         for gpa in 0..32 {
@@ -103,6 +112,7 @@ fn a_call_that_fails_once_is_undone() {
             assert_eq!(setup.sides(), sides, "call {number} to {to:?}");
             let after = setup.kernel.pages();
             assert_eq!(after.private, pages.private);
+            setup.assert_only_private_is_hidden();
             let gone = (pages_held(&pages) - pages_held(&after)) as u64 * GRANULE;
             let told = match error {
                 Error::Undone {
@@ -193,6 +203,8 @@ fn when_undo_fails_too_the_map_follows_the_kernel() {
                 .unwrap_or_else(|e| panic!("{text}: {e}"));
             setup.convert(to).unwrap();
             setup.assert_map_is_the_kernels();
+            setup.assert_only_private_is_hidden();
+            setup.kernel.assert_rules();
             assert_eq!(setup.held_twice(), 0, "after {text}");
         }
     }

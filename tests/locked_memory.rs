@@ -93,3 +93,23 @@ fn who_touches_memory_waits_although_all_is_locked() {
         moved.unwrap();
     });
 }
+
+/// The mapping for memory slots takes no page, and is not locked: the kernel refuses guard regions
+/// in locked memory.
+#[test]
+fn the_mapping_for_slots_is_not_locked() {
+    // SAFETY: as above.
+    if unsafe { libc::mlockall(libc::MCL_FUTURE) } != 0 {
+        println!("skipped: mlockall: {}", std::io::Error::last_os_error());
+        return;
+    }
+    let store = Linux.create_memfd(c"slots", 4 * GRANULE, None).unwrap();
+    let start = Linux.map_for_slots(store.as_fd(), 4 * GRANULE).unwrap();
+    assert_eq!(Linux.blocks(store.as_fd()).unwrap(), 0);
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (_, own) = smaps.split_once(&format!("\n{start:x}-")).unwrap();
+    let flags = own.lines().find_map(|line| line.strip_prefix("VmFlags:"));
+    assert!(!flags.unwrap().split_whitespace().any(|flag| flag == "lo"));
+    // SAFETY: as above.
+    unsafe { Linux.unmap(start, 4 * GRANULE as usize) };
+}

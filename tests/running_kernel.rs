@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use kvm_bindings::kvm_sev_snp_launch_update;
 use privmem::agent::{SnpFinish, SnpStart};
@@ -181,4 +181,50 @@ fn a_guest_memfd_is_not_passed_on_to_other_programs() {
     assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
     let content = File::from(fd).write_all_at(&[7; PAGE], 0);
     assert!(content.is_err(), "the host cannot write to it");
+}
+
+/// What the kernel itself writes through the mapping for memory slots, as KVM does, fails where
+/// that is hidden, and takes no memory.
+#[test]
+fn the_kernels_own_writes_take_no_hidden_memory() {
+    let (store, source) = (memfd(4), memfd(1));
+    source.write_all_at(&[7; PAGE], 0).unwrap();
+    let start = Linux.map_for_slots(store.as_fd(), 4 * GRANULE).unwrap();
+    assert_eq!(start % (2 << 20), 0);
+    let write = |granule: usize| {
+        let at = (start + granule * PAGE) as *mut libc::c_void;
+        // SAFETY: nobody else accesses the mapping.
+        match unsafe { libc::pread(source.as_raw_fd(), at, PAGE, 0) } {
+            -1 => io::Error::last_os_error().raw_os_error(),
+            _ => None,
+        }
+    };
+    let guard = |install| {
+        // SAFETY: as above.
+        unsafe { Linux.guard(start + PAGE, 2 * GRANULE, install) }
+    };
+    let zap = |granule: usize| {
+        // SAFETY: as above.
+        unsafe { Linux.zap(start + granule * PAGE, PAGE) }.unwrap();
+    };
+    assert_eq!(write(1), None);
+    match guard(true) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            return println!("skipped: this kernel has no guard regions in shared memory");
+        }
+        hidden => hidden.unwrap(),
+    }
+    Linux.punch_hole(store.as_fd(), granules(0, 4)).unwrap();
+    // A page that has failed may have left a mark in the mapping; guard regions stay.
+    zap(1);
+    let written: Vec<_> = (0..4).map(write).collect();
+    assert_eq!(
+        written,
+        [None, Some(libc::EFAULT), Some(libc::EFAULT), None]
+    );
+    assert_eq!(store.metadata().unwrap().blocks() * 512, 2 * GRANULE);
+    guard(false).unwrap();
+    assert_eq!(write(2), None);
+    // SAFETY: as above.
+    unsafe { Linux.unmap(start, 4 * PAGE) };
 }

@@ -59,6 +59,8 @@ static void null_is_an_error(void)
     CHECK(privmem_region_shared_fd(NULL) == -EINVAL);
     CHECK(privmem_region_private_fd(NULL) == -EINVAL);
     CHECK(privmem_region_set_host_mapping(NULL, text) == -EINVAL);
+    CHECK(privmem_region_slot_mapping(NULL, NULL) == -EINVAL);
+    CHECK(privmem_vm_run_fault(NULL) == -EINVAL);
     CHECK(privmem_region_reset(NULL) == -EINVAL);
     CHECK(!privmem_region_host_access(NULL, 0, &len));
     CHECK(privmem_region_info(NULL, &info, sizeof(info)) == -EINVAL);
@@ -76,6 +78,7 @@ static void bad_arguments_are_refused(const struct privmem_vm *vm,
     struct privmem_vm *none = NULL;
     struct privmem_info info;
     uint64_t len = 3 * PAGE;
+    void *mapping = NULL;
 
     CHECK(privmem_vm_new_kvm(privmem_region_shared_fd(region), &none) ==
           -ENOTTY);
@@ -90,6 +93,8 @@ static void bad_arguments_are_refused(const struct privmem_vm *vm,
     CHECK(convert(vm, 0, PAGE, true) == 0);
     CHECK(privmem_region_host_access(region, 0, &len) && len == 3 * PAGE);
     CHECK(convert(vm, 0, PAGE, false) == 0);
+    CHECK(privmem_region_slot_mapping(region, &mapping) == -EOPNOTSUPP);
+    CHECK(privmem_vm_run_fault(vm) == 0);
     CHECK(privmem_vm_memory_fault(vm, 0, PAGE, true) == 0);
     CHECK(privmem_vm_memory_fault(vm, 1, PAGE, false) == -EINVAL);
 }

@@ -157,6 +157,22 @@ impl Kernel for Faulty {
         unsafe { Linux.zap(host, len) }
     }
 
+    fn map_for_slots(&self, fd: BorrowedFd, size: u64) -> io::Result<usize> {
+        self.call("map_for_slots")?;
+        Linux.map_for_slots(fd, size)
+    }
+
+    unsafe fn unmap(&self, host: usize, len: usize) {
+        // SAFETY: as above.
+        unsafe { Linux.unmap(host, len) }
+    }
+
+    unsafe fn guard(&self, host: usize, len: u64, install: bool) -> io::Result<()> {
+        self.call("guard")?;
+        // SAFETY: as above.
+        unsafe { Linux.guard(host, len, install) }
+    }
+
     unsafe fn write_protect(&self, host: usize, len: u64) -> io::Result<Blocked> {
         self.call("write_protect")?;
         // SAFETY: as above.

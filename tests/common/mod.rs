@@ -81,7 +81,18 @@ struct Place {
     private: RawFd,
 }
 
+/// Where KVM's slots find a shared store, and the granules that it cannot access there.
+struct SlotMapping {
+    start: usize,
+    len: usize,
+    shared: RawFd,
+    hidden: BTreeSet<u64>,
+}
+
 pub struct Model {
+    slot_mappings: Mutex<Vec<SlotMapping>>,
+    /// Whether the kernel has guard regions in shared memory.
+    pub guard_regions: AtomicBool,
     pages: Mutex<Pages>,
     fail: Mutex<(Fail, usize)>,
     places: Mutex<Vec<Place>>,
@@ -231,6 +242,8 @@ impl Listener for Mapper {
 impl Model {
     pub fn new() -> Arc<Model> {
         Arc::new(Model {
+            slot_mappings: Mutex::default(),
+            guard_regions: AtomicBool::new(true),
             pages: Mutex::default(),
             fail: Mutex::new((Fail::Never, 0)),
             places: Mutex::default(),
@@ -246,6 +259,34 @@ impl Model {
             counting: Mutex::default(),
             policy: Mutex::default(),
         })
+    }
+
+    /// KVM writes to guest memory by the slot's address, as it does to a guest's clock.
+    /// False where it cannot.
+    pub fn kvm_writes(&self, region: &Region, granule: u64) -> bool {
+        let is_hidden = self.hidden(region).contains(&granule);
+        if !is_hidden {
+            self.touch(region, Side::Shared, granule);
+        }
+        !is_hidden
+    }
+
+    /// The granules that KVM does not reach by the slot's address.
+    pub fn hidden(&self, region: &Region) -> BTreeSet<u64> {
+        let fd = region.store(Side::Shared).fd().as_raw_fd();
+        let mappings = self.slot_mappings.lock().unwrap();
+        let own = mappings.iter().find(|mapping| mapping.shared == fd);
+        own.map_or_else(BTreeSet::new, |mapping| mapping.hidden.clone())
+    }
+
+    /// A vCPU's access to what is shared and hidden would fail.
+    fn check_hidden(&self, mapping: &SlotMapping, private: &BTreeSet<u64>) {
+        for place in self.places.lock().unwrap().iter() {
+            let ours = place.shared == mapping.shared && mapping.hidden.contains(&place.granule);
+            if ours && !private.contains(&place.gpa) {
+                self.broke(format!("shared granule {} is hidden", place.granule));
+            }
+        }
     }
 
     /// A VM on this model. Its "VM fd" is only a number to the model.
@@ -520,6 +561,9 @@ impl Kernel for Model {
             if self.guest_touches.load(Ordering::Relaxed) {
                 self.guest_touch(&mut pages, gpa, attributes);
             }
+            for mapping in self.slot_mappings.lock().unwrap().iter() {
+                self.check_hidden(mapping, &pages.private);
+            }
         });
         let mut busy = self.busy.lock().unwrap();
         busy.retain(|granule| !granules(gpa).contains(granule));
@@ -639,6 +683,47 @@ impl Kernel for Model {
 
     unsafe fn map_fixed(&self, _: usize, _: BorrowedFd, _: Range) -> io::Result<()> {
         self.call()
+    }
+
+    fn map_for_slots(&self, fd: BorrowedFd, size: u64) -> io::Result<usize> {
+        self.call()?;
+        // Only its address counts: nobody touches it.
+        let start = Linux.map_for_slots(fd, size)?;
+        let mapping = SlotMapping {
+            start,
+            len: size as usize,
+            shared: fd.as_raw_fd(),
+            hidden: BTreeSet::new(),
+        };
+        self.slot_mappings.lock().unwrap().push(mapping);
+        Ok(start)
+    }
+
+    unsafe fn unmap(&self, host: usize, len: usize) {
+        let mut mappings = self.slot_mappings.lock().unwrap();
+        mappings.retain(|mapping| mapping.start != host);
+        // SAFETY: the caller's promise.
+        unsafe { Linux.unmap(host, len) };
+    }
+
+    unsafe fn guard(&self, host: usize, len: u64, install: bool) -> io::Result<()> {
+        if !self.guard_regions.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.call()?;
+        let mut mappings = self.slot_mappings.lock().unwrap();
+        let mapping = mappings
+            .iter_mut()
+            .find(|mapping| (mapping.start..mapping.start + mapping.len).contains(&host));
+        let mapping = mapping.expect("guard regions lie in a mapping of slots");
+        let offset = (host - mapping.start) as u64;
+        let offsets = granules(Range::new(offset, len).unwrap());
+        match install {
+            true => mapping.hidden.extend(offsets),
+            false => mapping.hidden.retain(|granule| !offsets.contains(granule)),
+        }
+        self.check_hidden(mapping, &self.pages().private);
+        Ok(())
     }
 
     // KVM moves nothing: a VM of this model asks for none of it.

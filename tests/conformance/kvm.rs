@@ -10,7 +10,7 @@ use kvm_bindings::{
     kvm_regs, kvm_segment, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use privmem::{GRANULE, Side, Vm};
+use privmem::{Error, GRANULE, Side, Vm};
 
 use crate::machine::{Machine, Slot};
 
@@ -56,8 +56,8 @@ pub struct SwProtected {
 impl SwProtected {
     fn set_slot(&self, slot: kvm_userspace_memory_region2) {
         // SAFETY: what `userspace_addr` points to stays mapped for as long as
-        // this VM: the page of code is ours, and `Guest` drops its mappings
-        // after its machine.
+        // this VM: the page of code is ours, and `Guest` drops its regions and
+        // mappings after its machine.
         unsafe { self.fd.set_user_memory_region2(slot) }.unwrap();
     }
 
@@ -85,6 +85,7 @@ impl SwProtected {
                     self.vm.memory_fault(gpa, size, touched).unwrap();
                 }
                 Err(e) if e.errno() == libc::EINTR => {}
+                Err(e) if e.errno() == libc::EFAULT => self.vm.run_fault().unwrap(),
                 other => panic!("the guest left at granule {granule} with {other:?}"),
             }
         }
@@ -161,12 +162,17 @@ impl Machine for SwProtected {
 
     fn add_slot(&mut self, slot: &Slot) {
         let private = slot.region.store(Side::Private).fd().as_raw_fd();
+        let host = match slot.region.slot_mapping() {
+            Ok(start) => start as u64 + slot.first * GRANULE,
+            Err(Error::NoGuardRegions) => slot.host as u64,
+            Err(error) => panic!("{error}"),
+        };
         self.set_slot(kvm_userspace_memory_region2 {
             slot: self.next_slot,
             flags: KVM_MEM_GUEST_MEMFD,
             guest_phys_addr: slot.gpa.start * GRANULE,
             memory_size: (slot.gpa.end - slot.gpa.start) * GRANULE,
-            userspace_addr: slot.host as u64,
+            userspace_addr: host,
             guest_memfd_offset: slot.first * GRANULE,
             guest_memfd: private as u32,
             ..Default::default()

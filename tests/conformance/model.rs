@@ -72,6 +72,7 @@ impl<K: Keeper> Machine for OnModel<K> {
 
     fn add_slot(&mut self, slot: &Slot) {
         let granules = slot.gpa.end - slot.gpa.start;
+        slot.region.slot_mapping().unwrap();
         self.kernel
             .add_slot(&slot.region, slot.first, slot.gpa.start, granules);
     }

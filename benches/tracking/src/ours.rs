@@ -229,6 +229,16 @@ impl Kernel for Nothing {
         absent()
     }
 
+    fn map_for_slots(&self, _: BorrowedFd, _: u64) -> io::Result<usize> {
+        absent()
+    }
+
+    unsafe fn unmap(&self, _: usize, _: usize) {}
+
+    unsafe fn guard(&self, _: usize, _: u64, _: bool) -> io::Result<()> {
+        absent()
+    }
+
     unsafe fn write_protect(&self, _: usize, _: u64) -> io::Result<Blocked> {
         absent()
     }
