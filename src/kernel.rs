@@ -58,7 +58,8 @@ pub trait Kernel: Send + Sync {
     fn punch_hole(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
 
     /// fallocate(2): takes the pages that are not there yet. On failure some of
-    /// them may have been taken.
+    /// them may have been taken. New pages of a memfd are not cleared; those that an
+    /// earlier call has taken, and that nobody has touched since, are.
     fn allocate(&self, fd: BorrowedFd, offsets: Range) -> io::Result<()>;
 
     /// pread(2) of `buffer.len()` bytes.

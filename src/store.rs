@@ -21,6 +21,9 @@ pub struct Store {
     fd: OwnedFd,
     /// Of a file of the caller's.
     file: Option<FileFacts>,
+    /// Whether fallocate(2) leaves new pages with their old contents until somebody
+    /// touches them: a memfd or a tmpfs file of ordinary pages.
+    clears_late: bool,
     /// Whether contents may be in it where memory is on the other side: for good if
     /// others than the guest write there, and otherwise once some could not be freed.
     has_leftovers: AtomicBool,
@@ -40,7 +43,10 @@ impl Store {
         let fd = kernel
             .create_memfd(&name, size, huge_page)
             .map_err(|e| Error::kernel("memfd_create", e))?;
-        Ok(Store::own(kernel, fd))
+        Ok(Store {
+            clears_late: huge_page.is_none(),
+            ..Store::own(kernel, fd)
+        })
     }
 
     fn own(kernel: &Arc<dyn Kernel>, fd: OwnedFd) -> Store {
@@ -48,6 +54,7 @@ impl Store {
             kernel: kernel.clone(),
             fd,
             file: None,
+            clears_late: false,
             has_leftovers: AtomicBool::new(true),
         }
     }
@@ -58,7 +65,9 @@ impl Store {
             .try_clone_to_owned()
             .map_err(|e| Error::kernel("fcntl(F_DUPFD)", e))?;
         let mut store = Store::own(kernel, fd);
-        store.file = Some(store.facts()?);
+        let facts = store.facts()?;
+        store.file = Some(facts);
+        store.clears_late = facts.in_memory;
         Ok(store)
     }
 
@@ -146,8 +155,13 @@ impl Store {
         self.punch(offsets)
     }
 
-    /// Takes the pages of `offsets` that are not there yet, on the nodes that
-    /// `policy` says.
+    /// Allocates the pages of `offsets` that are not there yet, on the nodes that
+    /// `policy` says, and clears them.
+    ///
+    /// Clearing a memfd takes a second fallocate(2): the first one leaves new pages as
+    /// they are, the second one clears those that nobody has touched meanwhile. No CPU
+    /// sees the difference, but a device does: IOMMU_IOAS_MAP_FILE pins such pages
+    /// without clearing them. See KERNEL.md.
     ///
     /// By the policy of this thread meanwhile, which a file without one of its
     /// own follows. A `guest_memfd` can have its own, set through a mapping
@@ -155,9 +169,16 @@ impl Store {
     /// is no shared store any more: see `KVM_MEMSLOT_GMEM_ONLY` in
     /// virt/kvm/guest_memfd.c.
     pub(crate) fn allocate(&self, offsets: Range, policy: Option<&NumaPolicy>) -> Result<()> {
-        let piece = |piece| {
+        let allocate = |piece| {
             retry(|| self.kernel.allocate(self.fd(), piece))
                 .map_err(|e| Error::kernel("fallocate", e))
+        };
+        let piece = |piece| {
+            allocate(piece)?;
+            match self.clears_late {
+                true => allocate(piece),
+                false => Ok(()),
+            }
         };
         self.under_policy(policy, || offsets.pieces(AT_ONCE).try_for_each(piece))
     }
