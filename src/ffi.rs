@@ -2061,6 +2061,12 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_a_c_string_whatever_is_in_it() {
+        guard(|| Err(Error::InvalidArgument("one\0two".into())));
+        assert_eq!(last_error(), "one?two");
+    }
+
+    #[test]
     fn a_message_belongs_to_its_thread() {
         guard(|| Err(null("here")));
         std::thread::spawn(|| assert_eq!(last_error(), ""))

@@ -439,3 +439,35 @@ fn memory_may_fail_while_vcpus_convert() {
         assert_eq!(is_private, private.contains(&(SEEN + granule)));
     }
 }
+
+/// A report that comes late is of a page that is still in its store: it goes, so that
+/// the guest does not meet it when the memory comes back.
+#[test]
+fn a_page_that_failed_does_not_stay_where_it_is_kept() {
+    let setup = Setup::with(Options {
+        keep_private: true,
+        ..Options::default()
+    });
+    let seen = SEEN + 3;
+    assert_eq!(setup.kernel.poison(seen), Private);
+    common::convert(&setup.vm, seen..seen + 1, Shared).unwrap();
+    let before = setup.region.info().private_held.unwrap();
+    let failure = setup.vm.memory_failure(seen * GRANULE, Private, true);
+    assert_eq!(failure.unwrap().lost, 0);
+    assert_eq!(setup.region.info().private_held, Some(before - GRANULE));
+    common::convert(&setup.vm, seen..seen + 1, Private).unwrap();
+    assert!(!setup.kernel.is_poisoned(seen));
+}
+
+#[test]
+fn an_agent_is_told_of_private_memory_that_a_reset_takes() {
+    let setup = Setup::with(Options {
+        initial: Private,
+        ..Options::default()
+    });
+    setup.agent.0.lock().unwrap().clear();
+    setup.kernel.discards.store(true, Ordering::Relaxed);
+    setup.region.reset().unwrap();
+    let told = Told::Invalidate(SEEN..SEEN + GRANULES);
+    assert_eq!(*setup.agent.0.lock().unwrap(), [told]);
+}

@@ -3,11 +3,13 @@
 mod common;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
-use common::{Fail, Model, Pages};
-use privmem::{Error, GRANULE, Region, Side, Vm};
+use common::{Fail, Model, Pages, stand_in_fd};
+use privmem::agent::{Agent, InitialPages};
+use privmem::kernel::Kernel;
+use privmem::{Error, GRANULE, Options, Region, Side, Vm};
 
 /// Two regions side by side, 16 granules each, with several runs on each side
 /// and a page held wherever one may be.
@@ -162,6 +164,116 @@ fn a_stale_page_does_not_come_up() {
     setup.kernel.touch(region, Side::Shared, granule);
     common::convert(&setup.vm, 7..8, Side::Shared).unwrap();
     assert!(!setup.is_held(region, Side::Shared, granule));
+}
+
+/// A kernel without cachestat(2) cannot say that there is none.
+#[test]
+fn a_stale_page_does_not_come_up_where_pages_cannot_be_counted() {
+    let setup = Setup::new();
+    setup.kernel.cannot_count.store(true, Ordering::Relaxed);
+    let (region, granule) = setup.place(7);
+    setup.kernel.touch(region, Side::Shared, granule);
+    common::convert(&setup.vm, 7..8, Side::Shared).unwrap();
+    assert!(!setup.is_held(region, Side::Shared, granule));
+}
+
+/// The kernel does not go back: the new side is published, what the old one held is
+/// freed, and the agent is told where the memory is.
+#[test]
+fn what_is_stuck_is_converted_after_all() {
+    for to in [Side::Private, Side::Shared] {
+        let mut stuck_once = false;
+        for number in 0..30 {
+            let kernel = Model::new();
+            let agent = Arc::new(Told::default());
+            let vm = Vm::with_agent(kernel.clone(), Some(stand_in_fd()), agent.clone()).unwrap();
+            let region = Region::new(&vm, "r", 4 * GRANULE).unwrap();
+            kernel.bind(&region, &vm, 0, 0, 4);
+            common::convert(&vm, 0..4, to.other()).unwrap();
+            common::convert(&vm, 1..2, to).unwrap();
+            for granule in 0..4 {
+                kernel.access(granule, |page| *page = 7);
+            }
+            agent.0.lock().unwrap().clear();
+            // A call, and then the one that would undo it.
+            kernel.set_fail(Fail::Twice(number, libc::EIO));
+            let result = vm.convert(0, 4 * GRANULE, to);
+            kernel.set_fail(Fail::Never);
+            if !matches!(result, Err(Error::Undone { stuck, .. }) if stuck > 0) {
+                continue;
+            }
+            stuck_once = true;
+            assert_eq!(region.info().held_twice, Some(0), "call {number} to {to:?}");
+            let mut asked = 0;
+            for (is_after, gpa, side) in agent.0.lock().unwrap().iter() {
+                asked += if *is_after { -1 } else { 1 };
+                let mut runs = region.runs(gpa.start(), gpa.len()).unwrap();
+                assert!(!is_after || runs.all(|run| run.side == *side));
+            }
+            assert_eq!(asked, 0, "call {number} to {to:?}");
+        }
+        assert!(stuck_once, "{to:?}");
+    }
+}
+
+/// What an agent was asked for, or told of afterwards.
+#[derive(Default)]
+struct Told(Mutex<Vec<(bool, privmem::Range, Side)>>);
+
+impl Agent for Told {
+    fn name(&self) -> &str {
+        "told"
+    }
+
+    fn populate(&self, _: InitialPages) -> privmem::Result<()> {
+        Ok(())
+    }
+
+    fn finalize(&self, _: &dyn Kernel) -> privmem::Result<()> {
+        Ok(())
+    }
+
+    fn before_convert(&self, gpa: privmem::Range, to: Side) -> privmem::Result<()> {
+        self.0.lock().unwrap().push((false, gpa, to));
+        Ok(())
+    }
+
+    fn after_convert(&self, gpa: privmem::Range, side: Side) {
+        self.0.lock().unwrap().push((true, gpa, side));
+    }
+}
+
+/// The first region keeps what the second one, whose store fails, would have lost.
+#[test]
+fn what_is_kept_is_not_said_to_be_lost() {
+    for to in [Side::Private, Side::Shared] {
+        let kernel = Model::new();
+        let vm = kernel.vm();
+        let kept = Options {
+            keep_private: to == Side::Shared,
+            keep_shared: to == Side::Private,
+            ..Options::default()
+        };
+        let first = Region::with_options(&vm, "kept", GRANULE, kept).unwrap();
+        let second = Region::new(&vm, "not kept", GRANULE).unwrap();
+        kernel.bind(&first, &vm, 0, 0, 1);
+        kernel.bind(&second, &vm, 0, 1, 1);
+        common::convert(&vm, 0..2, to.other()).unwrap();
+        kernel.access(0, |page| *page = 7);
+        kernel.access(1, |page| *page = 7);
+        let error = (0..).find_map(|number| {
+            kernel.set_fail(Fail::Once(number, libc::EIO));
+            let result = vm.convert(0, 2 * GRANULE, to);
+            kernel.set_fail(Fail::Never);
+            assert!(result.is_err(), "the second region frees at last");
+            let kept = kernel.access(0, |page| *page) == 7;
+            assert!(kept, "call {number} to {to:?}");
+            let is_last =
+                matches!(&result, Err(Error::Kernel { call, .. }) if call.contains("PUNCH"));
+            is_last.then(|| result.unwrap_err())
+        });
+        assert!(!matches!(error, Some(Error::Undone { .. })));
+    }
 }
 
 /// Nor must private contents that were not to be freed when the granule was shared.

@@ -2,8 +2,9 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use common::{Fail, Mapper, Model, vm_with_region};
 use privmem::{Error, GRANULE, Listener, Region, Side, Vm};
@@ -350,4 +351,159 @@ fn listeners_may_come_and_go_while_vcpus_convert() {
         }
     });
     setup.assert_mapped_is_shared("afterwards");
+}
+
+/// What a listener is told, in order, and which of the calls it refuses.
+#[derive(Default)]
+struct Log {
+    told: Mutex<Vec<(bool, std::ops::Range<u64>)>>,
+    refuses: Mutex<Vec<usize>>,
+    block: Option<u64>,
+}
+
+impl Log {
+    fn told(&self) -> Vec<(bool, std::ops::Range<u64>)> {
+        std::mem::take(&mut self.told.lock().unwrap())
+    }
+
+    /// From now on, the calls with these numbers are refused.
+    fn refuse(&self, numbers: &[usize]) {
+        self.told();
+        *self.refuses.lock().unwrap() = numbers.to_vec();
+    }
+
+    fn tell(&self, maps: bool, offsets: privmem::Range) -> io::Result<()> {
+        let mut told = self.told.lock().unwrap();
+        told.push((maps, common::granules(offsets)));
+        match self.refuses.lock().unwrap().contains(&(told.len() - 1)) {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Listener for Log {
+    fn discard(&self, offsets: privmem::Range, _: u64) -> io::Result<()> {
+        self.tell(false, offsets)
+    }
+
+    fn populate(&self, offsets: privmem::Range) -> io::Result<()> {
+        self.tell(true, offsets)
+    }
+
+    fn granularity(&self) -> Option<u64> {
+        self.block.map(|granules| granules * GRANULE)
+    }
+
+    fn identity(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
+}
+
+fn logged(granules: u64, block: Option<u64>) -> (Arc<Model>, Arc<Vm>, Arc<Region>, Arc<Log>) {
+    let (kernel, vm, region) = vm_with_region(granules);
+    let log = Arc::new(Log {
+        block,
+        ..Log::default()
+    });
+    region.add_listener(log.clone()).unwrap();
+    log.told();
+    (kernel, vm, region, log)
+}
+
+#[test]
+fn a_listener_is_registered_once() {
+    let (_kernel, vm, region, log) = logged(4, None);
+    let again = region.add_listener(log.clone());
+    assert!(matches!(again, Err(Error::AlreadyListening)));
+    assert!(log.told().is_empty());
+    common::convert(&vm, 0..1, Side::Private).unwrap();
+    assert_eq!(log.told(), [(false, 0..1)]);
+}
+
+/// A block that has gone private is no block any more, whatever comes in its place.
+#[test]
+fn a_block_that_was_given_up_can_be_cut() {
+    let (_kernel, vm, _region, log) = logged(8, Some(4));
+    common::convert(&vm, 0..8, Side::Private).unwrap();
+    common::convert(&vm, 0..3, Side::Shared).unwrap();
+    common::convert(&vm, 1..2, Side::Private).unwrap();
+    let granules = (0..3).map(|granule| (true, granule..granule + 1));
+    let told = [(false, 0..8)].into_iter().chain(granules);
+    assert!(log.told().into_iter().eq(told.chain([(false, 1..2)])));
+}
+
+/// It maps the page that was there before the memory was private.
+#[test]
+fn a_mapping_that_stayed_is_given_up_before_it_is_made_anew() {
+    let (kernel, vm, region, log) = logged(4, None);
+    common::convert(&vm, 0..2, Side::Private).unwrap();
+    // Mapped, then the private pages are not freed, nor is the mapping given up.
+    log.refuse(&[1]);
+    let stale = (0..).find_map(|number| {
+        log.refuse(&[1]);
+        kernel.set_fail(Fail::Once(number, libc::EIO));
+        let result = vm.convert(0, 2 * GRANULE, Side::Shared);
+        kernel.set_fail(Fail::Never);
+        match result.unwrap_err() {
+            Error::Undone { stale, .. } => Some(stale),
+            _ => None,
+        }
+    });
+    assert_eq!(stale, Some(2 * GRANULE));
+    assert_eq!(region.info().private, 2 * GRANULE);
+    log.refuse(&[]);
+    common::convert(&vm, 0..2, Side::Shared).unwrap();
+    assert_eq!(log.told(), [(false, 0..2), (true, 0..2)]);
+}
+
+#[test]
+fn what_is_not_mapped_again_does_not_keep_others_from_it() {
+    let (kernel, vm, region, log) = logged(8, Some(1));
+    common::convert(&vm, 4..5, Side::Private).unwrap();
+    // Both runs are given up, the kernel refuses, and one granule is not mapped again.
+    log.refuse(&[3]);
+    kernel.set_fail(Fail::Once(0, libc::EIO));
+    let error = vm.convert(0, 8 * GRANULE, Side::Private).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Undone {
+                unmapped: GRANULE,
+                stuck: 0,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let again = [0, 1, 2, 3, 5, 6, 7].map(|granule| (true, granule..granule + 1));
+    let told = [(false, 0..4), (false, 5..8)].into_iter().chain(again);
+    assert!(log.told().into_iter().eq(told));
+    assert_eq!(region.info().private, GRANULE);
+}
+
+/// A balloon's memory is mapped anew, as there is another page; so it is where one of
+/// the listeners refuses to give it up.
+#[test]
+fn what_is_discarded_is_mapped_again() {
+    let setup = Setup::new();
+    setup.kernel.discards.store(true, Ordering::Relaxed);
+    let log = Arc::new(Log::default());
+    setup.region.add_listener(log.clone()).unwrap();
+    log.told();
+    let runs = [0..2, 4..7, 8..15];
+    let each = |maps| runs.clone().map(|run| (maps, run));
+    setup.region.discard(0, 15 * GRANULE).unwrap();
+    assert_eq!(log.told(), [each(false), each(true)].concat());
+    setup.assert_mapped_is_shared("afterwards");
+    for (refused, run) in runs.iter().enumerate() {
+        log.refuse(&[refused]);
+        setup.region.discard(0, 15 * GRANULE).unwrap_err();
+        setup.assert_mapped_is_shared("refused");
+        let (given_up, mapped): (Vec<_>, Vec<_>) =
+            log.told().into_iter().partition(|(maps, _)| !maps);
+        assert_eq!(given_up, each(false));
+        let mapped: Vec<_> = mapped.into_iter().map(|(_, run)| run).collect();
+        assert!(!mapped.contains(run) && mapped.len() == 2, "{mapped:?}");
+    }
 }

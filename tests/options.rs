@@ -6,6 +6,7 @@ mod common;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use Side::{Private, Shared};
 use common::{Fail, Model};
@@ -291,4 +292,53 @@ fn who_cannot_prefault_says_so() {
         refused(&Vm::emulated().unwrap()),
         Some(Error::InvalidArgument(_))
     ));
+}
+
+/// Taking memory takes its time, as mapping does: others get their turn in between.
+#[test]
+fn where_memory_is_taken_a_step_is_smaller() {
+    const STEP: u64 = 64 << 20;
+    let kernel = Model::new();
+    let vm = kernel.vm();
+    let region = Region::new(&vm, "r", 2 * STEP).unwrap();
+    kernel.bind(&region, &vm, 0, 0, 2 * STEP / GRANULE);
+    region.set_numa_policy(node_1(), two()).unwrap();
+    assert_eq!(vm.convert(0, 2 * STEP, Private).unwrap(), STEP);
+    // The policy is of private memory alone.
+    assert_eq!(vm.convert(0, 2 * STEP, Shared).unwrap(), 2 * STEP);
+}
+
+/// The last of the huge pages of a request goes as the first one does.
+#[test]
+fn both_ends_of_a_request_give_huge_pages_back() {
+    for (first, last) in [(true, false), (false, true), (true, true)] {
+        let setup = setup(Options {
+            huge_page: Some(HUGE),
+            ..Options::default()
+        });
+        let private = |is_private: bool, granule, count| {
+            if is_private {
+                setup.convert(granule, count, Private).unwrap();
+            }
+        };
+        private(first, 0, 6);
+        private(last, 10, 6);
+        (0..GRANULES).for_each(|granule| setup.kernel.touch(&setup.region, Shared, granule));
+        setup.convert(6, 4, Private).unwrap();
+        // Granules of 6..10 go in any case: the model counts them one by one.
+        let left = setup.held(Shared);
+        assert_eq!(left.iter().any(|granule| *granule < 6), !first, "{left:?}");
+        assert_eq!(left.iter().any(|granule| *granule >= 10), !last, "{left:?}");
+    }
+}
+
+#[test]
+fn a_reset_takes_memory_where_it_was_taken_before() {
+    let setup = setup(initially_private());
+    setup.region.preallocate(two()).unwrap();
+    setup.convert(2, 3, Shared).unwrap();
+    setup.kernel.discards.store(true, Ordering::Relaxed);
+    setup.region.reset().unwrap();
+    assert_eq!(setup.held(Private).len() as u64, GRANULES);
+    assert!(setup.held(Shared).is_empty());
 }

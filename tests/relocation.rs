@@ -893,3 +893,117 @@ fn with_kvm_no_agent_is_asked_to_move() {
     assert!(error.to_string().contains("'willing'"), "{error}");
     assert_eq!(kernel.pages(), before);
 }
+
+/// On a disk, pages are there although memory holds none of them.
+#[test]
+fn what_fails_on_a_disk_is_lost() {
+    let Some(setup) = private_setup(8) else {
+        return;
+    };
+    let Some(disk) = disk(8) else {
+        println!("skipped: the tests' folder is on no disk");
+        return;
+    };
+    setup.write(3, 1);
+    setup.kernel.set_fail(Fail::Never);
+    setup.relocate(3, place(&disk, 3)).unwrap();
+    // Written before the guest sees it there, and out of memory then.
+    let calls = setup.kernel.calls();
+    let at = |name| calls.iter().position(|call| *call == name);
+    assert!(at("sync").unwrap() < at("map_fixed").unwrap(), "{calls:?}");
+    assert!(at("map_fixed").unwrap() < at("evict").unwrap(), "{calls:?}");
+    let range = privmem::Range::new(3 * GRANULE, GRANULE).unwrap();
+    if Linux.held(disk.as_fd(), range).ok() != Some(0) {
+        println!("skipped: the disk's page is still in memory, or cannot be counted");
+        return;
+    }
+    let failure = setup
+        .region
+        .memory_failure(3 * GRANULE, Side::Private, true);
+    assert_eq!(failure.unwrap().lost, GRANULE);
+    assert_eq!((setup.read(3), setup.region.info().relocated), (0, 0));
+}
+
+/// The old place could not be freed when the memory moved.
+#[test]
+fn a_reset_frees_a_home_that_was_left_full() {
+    if private_setup(1).is_none() {
+        return;
+    }
+    let options = Options {
+        initial: Side::Private,
+        ..Options::default()
+    };
+    let setup = setup(4, options);
+    let fd = memfd(4);
+    setup.write(1, 5);
+    let left = (0..).any(|number| {
+        setup.kernel.set_fail(Fail::Once(number, libc::EIO));
+        let result = setup.relocate(1, place(&fd, 1));
+        setup.kernel.set_fail(Fail::Never);
+        matches!(result, Err(Error::OldPlace(_)))
+    });
+    assert!(left);
+    assert_eq!(setup.region.info().private_held, Some(2 * GRANULE));
+    setup.region.reset().unwrap();
+    assert_eq!(setup.region.info().private_held, Some(0));
+    assert_eq!(setup.read(1), 0);
+}
+
+#[test]
+fn a_region_that_goes_gives_its_places_back() {
+    let Some(setup) = private_setup(4) else {
+        return;
+    };
+    let fd = memfd(4);
+    let other = Region::new(&setup.vm, "other", GRANULE).unwrap();
+    setup.vm.bind(&other, 0, 1 << 30, GRANULE).unwrap();
+    setup.vm.convert(1 << 30, GRANULE, Side::Private).unwrap();
+    let relocate = |gpa| setup.vm.relocate(gpa, Level::Size4K, place(&fd, 1));
+    relocate(1 << 30).unwrap();
+    assert!(matches!(relocate(GRANULE), Err(Error::PlaceTaken(_))));
+    setup.vm.unbind_region(&other);
+    drop(other);
+    relocate(GRANULE).unwrap();
+}
+
+/// A granule of a large page is converted: all others stay where they are.
+#[test]
+fn a_part_of_what_was_moved_at_once_goes_alone() {
+    const ALL: u64 = 512;
+    let Some(setup) = private_setup(ALL) else {
+        return;
+    };
+    let fd = memfd(ALL);
+    (0..ALL).for_each(|granule| setup.write(granule, 1 + granule));
+    setup.vm.relocate(0, Level::Size2M, place(&fd, 0)).unwrap();
+    convert(&setup.vm, 100..103, Side::Shared).unwrap();
+    assert_eq!(setup.region.info().relocated, (ALL - 3) * GRANULE);
+    assert_eq!(held(&fd), (ALL - 3) * GRANULE);
+    for granule in (0..ALL).filter(|granule| !(100..103).contains(granule)) {
+        assert_eq!(setup.read(granule), 1 + granule, "granule {granule}");
+    }
+    convert(&setup.vm, 0..ALL, Side::Shared).unwrap();
+    assert_eq!((held(&fd), setup.region.info().relocated), (0, 0));
+}
+
+/// A kernel that unmaps the old side before it finds that it cannot map the new one.
+#[test]
+fn no_hole_stays_where_a_conversion_fails() {
+    for to in [Side::Private, Side::Shared] {
+        let setup = setup(4, Options::default());
+        convert(&setup.vm, 0..4, to.other()).unwrap();
+        (0..4).for_each(|granule| setup.write(granule, 7));
+        setup.kernel.leave_holes();
+        let failed = (0..4).any(|number| {
+            setup.kernel.set_fail(Fail::Once(number, libc::ENOMEM));
+            let result = setup.vm.convert(GRANULE, 2 * GRANULE, to);
+            let calls = setup.kernel.calls();
+            setup.kernel.set_fail(Fail::Never);
+            assert!(result.is_err());
+            calls.get(number) == Some(&"map_fixed")
+        });
+        assert!(failed, "no mapping was refused");
+        (0..4).for_each(|granule| assert_eq!(setup.read(granule), 7, "{to:?}"));
+    }
+}

@@ -111,6 +111,8 @@ pub struct Model {
     pub attributes: u32,
     pub guest_memfd: u32,
     pub pre_fault: u32,
+    /// The kernel has no cachestat(2).
+    pub cannot_count: AtomicBool,
     /// How long it takes to count pages.
     pub counting: Mutex<Duration>,
     /// The NUMA policy of the one thread that there is.
@@ -256,6 +258,7 @@ impl Model {
             attributes: 8,
             guest_memfd: 1,
             pre_fault: 1,
+            cannot_count: AtomicBool::new(false),
             counting: Mutex::default(),
             policy: Mutex::default(),
         })
@@ -627,6 +630,9 @@ impl Kernel for Model {
     }
 
     fn held(&self, fd: BorrowedFd, offsets: Range) -> io::Result<u64> {
+        if self.cannot_count.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+        }
         std::thread::sleep(*self.counting.lock().unwrap());
         let pages = self.pages.lock().unwrap();
         let held = pages.held.get(&fd.as_raw_fd());
