@@ -154,7 +154,8 @@ impl Counted<'_> {
         };
         let cache = &self.cx.cache;
         run::step(cache, "build the tests with coverage", build())?;
-        run::step(cache, "cargo test with coverage", self.cargo(&tests))?;
+        let (label, limit) = ("cargo test with coverage", Some(suites::HANGS));
+        run::step_within(cache, label, self.cargo(&tests), limit)?;
         // Nothing is left to build: cargo only says what the programs are.
         library::programs(build())
     }

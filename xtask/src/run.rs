@@ -5,7 +5,7 @@
 //! the end of the log and where the rest is.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, IsTerminal as _, PipeReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -22,13 +22,30 @@ const SHOWN_ON_FAILURE: usize = 30;
 /// How a command ended, and where its output is.
 pub struct Ended {
     pub success: bool,
+    /// It did not end by itself.
+    pub hung: bool,
     pub log: PathBuf,
     status: ExitStatus,
 }
 
 /// Runs a long command as one step; it must succeed.
 pub fn step(cache: &Cache, label: &str, command: Command) -> Result<()> {
-    let ended = attempt(cache, label, command)?;
+    step_within(cache, label, command, None)
+}
+
+/// As [`step`]; it must end within `limit` as well.
+pub fn step_within(
+    cache: &Cache,
+    label: &str,
+    command: Command,
+    limit: Option<Duration>,
+) -> Result<()> {
+    let ended = attempt_within(cache, label, command, limit)?;
+    ensure!(
+        !ended.hung,
+        "{label}: it hung, and was ended; the full log is {}",
+        ended.log.display()
+    );
     ensure!(
         ended.success,
         "{label}: {}; the full log is {}",
@@ -41,9 +58,20 @@ pub fn step(cache: &Cache, label: &str, command: Command) -> Result<()> {
 /// Runs a long command as one step. If it fails, the end of its output is
 /// shown, and what that means is up to the caller.
 pub fn attempt(cache: &Cache, label: &str, command: Command) -> Result<Ended> {
+    attempt_within(cache, label, command, None)
+}
+
+/// As [`attempt`]. A command that is still running after `limit` is killed, with all
+/// that it has started.
+pub fn attempt_within(
+    cache: &Cache,
+    label: &str,
+    command: Command,
+    limit: Option<Duration>,
+) -> Result<Ended> {
     let log = cache.dir("logs")?.join(slug(label) + ".log");
     let mut progress = Progress::start(label);
-    let (status, tail) = logged(command, &log, &mut progress)?;
+    let (status, hung, tail) = logged(command, &log, &mut progress, limit)?;
     if status.success() {
         progress.finish();
     } else {
@@ -54,6 +82,7 @@ pub fn attempt(cache: &Cache, label: &str, command: Command) -> Result<Ended> {
     }
     Ok(Ended {
         success: status.success(),
+        hung,
         log,
         status,
     })
@@ -97,7 +126,8 @@ fn logged(
     mut command: Command,
     log: &Path,
     progress: &mut Progress,
-) -> Result<(ExitStatus, VecDeque<String>)> {
+    limit: Option<Duration>,
+) -> Result<(ExitStatus, bool, VecDeque<String>)> {
     let mut log = File::create(log)?;
     writeln!(log, "$ {}", shown(&command))?;
     let (reader, writer) = io::pipe()?;
@@ -110,12 +140,59 @@ fn logged(
         .with_context(|| format!("cannot run {}", shown(&command)))?;
     // The command holds our ends for writing: the pipe ends when they are gone.
     drop(command);
-    let tail = follow(reader, &mut log, progress)?;
-    Ok((child.wait()?, tail))
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    let mut hung = false;
+    let tail = follow(reader, &mut log, progress, || {
+        if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+            hung = true;
+            kill(child.id());
+        }
+    })?;
+    Ok((child.wait()?, hung, tail))
 }
 
-/// Copies lines into the log until the pipe ends; returns the last of them.
-fn follow(reader: PipeReader, log: &mut File, progress: &mut Progress) -> Result<VecDeque<String>> {
+/// Kills a child of ours and all that it has started, so that nobody holds its pipe.
+fn kill(child: u32) {
+    let pids = family(child, &parents());
+    // One that has ended meanwhile need not be killed.
+    let pids = pids.iter().map(u32::to_string);
+    let _ = Command::new("kill").arg("-KILL").args(pids).output();
+}
+
+/// A process, its children, theirs, and so on.
+fn family(first: u32, parents: &[(u32, u32)]) -> Vec<u32> {
+    let mut all = vec![first];
+    let mut next = 0;
+    while let Some(parent) = all.get(next).copied() {
+        let children = parents.iter().filter(|(_, of)| *of == parent);
+        all.extend(children.map(|(pid, _)| *pid));
+        next += 1;
+    }
+    all
+}
+
+/// Each process of this machine, with its parent.
+fn parents() -> Vec<(u32, u32)> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let parent = |entry: fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        // After the name, which may contain anything: the state, and the parent.
+        let (_, fields) = stat.rsplit_once(')')?;
+        let parent = fields.split_whitespace().nth(1)?.parse().ok()?;
+        Some((pid, parent))
+    };
+    processes.filter_map(parent).collect()
+}
+
+/// Copies lines into the log until the pipe ends; returns the last of them. Calls
+/// `meanwhile` now and then.
+fn follow(
+    reader: PipeReader,
+    log: &mut File,
+    progress: &mut Progress,
+    mut meanwhile: impl FnMut(),
+) -> Result<VecDeque<String>> {
     let (send, lines) = mpsc::channel();
     std::thread::spawn(move || {
         for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
@@ -139,6 +216,7 @@ fn follow(reader: PipeReader, log: &mut File, progress: &mut Progress) -> Result
             Err(RecvTimeoutError::Disconnected) => return Ok(tail),
         }
         progress.tick(tail.back().map_or("", String::as_str));
+        meanwhile();
     }
 }
 
@@ -218,6 +296,25 @@ mod tests {
     #[test]
     fn labels_become_file_names() {
         assert_eq!(slug("build QEMU 10.2.2+ds"), "build-qemu-10.2.2-ds");
+    }
+
+    #[test]
+    fn what_hangs_is_ended_with_all_that_it_has_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let mut command = Command::new("sh");
+        // The second shell holds the pipe as well.
+        command.args(["-c", "echo begun; sh -c 'sleep 1000; true'; true"]);
+        let mut progress = Progress::start("hang");
+        let limit = Some(Duration::from_millis(100));
+        let (status, hung, tail) = logged(command, &log, &mut progress, limit).unwrap();
+        assert!(hung && !status.success());
+        assert_eq!(tail, ["begun"]);
+        let mut quick = Command::new("true");
+        quick.env_clear();
+        let limit = Some(Duration::from_secs(1000));
+        let (status, hung, _) = logged(quick, &log, &mut progress, limit).unwrap();
+        assert!(!hung && status.success());
     }
 
     #[test]

@@ -32,6 +32,10 @@ use crate::symbols;
 
 const LAB_LIMIT: Duration = Duration::from_secs(40 * 60);
 
+/// After so long a program of tests counts as hung: a build and all tests take a few
+/// minutes.
+pub const HANGS: Duration = Duration::from_secs(30 * 60);
+
 /// How the lab's tests begin a line about what they found.
 const REMARK: &str = "  ";
 
@@ -347,10 +351,21 @@ fn cargo_test(cx: &Context, label: &str, selection: &[&str]) -> Result<Tally> {
 
 /// Runs Rust's test programs and counts what they say.
 pub fn counted(cx: &Context, label: &str, command: Command) -> Result<Tally> {
-    let ended = run::attempt(&cx.cache, label, command)?;
+    let ended = run::attempt_within(&cx.cache, label, command, Some(HANGS))?;
     let log = fs::read_to_string(&ended.log)?;
-    let tally = libtest(&log).ended(label, ended.success);
-    Ok(tally.with_log(&ended.log))
+    let mut tally = libtest(&log);
+    tally.failed.extend(hung(label, &ended, &log));
+    Ok(tally.ended(label, ended.success).with_log(&ended.log))
+}
+
+/// What is said of a program that had to be ended. (Libtest says which tests have
+/// been running for a minute.)
+fn hung(label: &str, ended: &run::Ended, log: &str) -> Option<String> {
+    let last = log.lines().last().unwrap_or_default();
+    let minutes = HANGS.as_secs() / 60;
+    ended
+        .hung
+        .then(|| format!("{label}: it hung, and was ended after {minutes} minutes; last: {last}"))
 }
 
 /// Counts what Rust's test programs say, one after another. Libtest knows no
@@ -537,10 +552,11 @@ fn functional(cx: &Context, build: &qemu::Build) -> Result<Tally> {
 }
 
 fn tap_program(cx: &Context, label: &str, command: Command) -> Result<Tally> {
-    let ended = run::attempt(&cx.cache, label, command)?;
+    let ended = run::attempt_within(&cx.cache, label, command, Some(HANGS))?;
     let log = fs::read_to_string(&ended.log)?;
-    let tally = tap(&log).ended(label, ended.success);
-    Ok(tally.with_log(&ended.log))
+    let mut tally = tap(&log);
+    tally.failed.extend(hung(label, &ended, &log));
+    Ok(tally.ended(label, ended.success).with_log(&ended.log))
 }
 
 /// Counts the lines of the Test Anything Protocol, as GLib writes it.
