@@ -75,19 +75,19 @@ pub fn all() -> Vec<Scenario> {
 }
 
 /// A way in which VFIO maps memory, and what counts the pages that it pins.
-struct Way {
+pub struct Way {
     object: &'static str,
     property: &'static str,
     pinned: &'static str,
 }
 
-const TYPE1: Way = Way {
+pub const TYPE1: Way = Way {
     object: "",
     property: "",
     pinned: "VmLck",
 };
 
-const IOMMUFD: Way = Way {
+pub const IOMMUFD: Way = Way {
     object: "-object iommufd,id=iommufd0",
     property: ",iommufd=iommufd0",
     pinned: "VmPin",
@@ -100,7 +100,7 @@ impl Way {
 
     /// A machine that the device can be added to: `properties` of the backend with a comma
     /// before them.
-    fn without_device(&self, lab: &Lab, ram: u64, properties: &str, board: &str) -> Launch {
+    pub fn without_device(&self, lab: &Lab, ram: u64, properties: &str, board: &str) -> Launch {
         let mib = ram / MIB;
         Launch::kvm(lab).with(self.object).with(&format!(
             "-m {mib}M -object sw-protected-guest,id=cgs0 \
@@ -109,12 +109,22 @@ impl Way {
         ))
     }
 
-    fn device(&self) -> Result<String> {
+    /// As [`Way::without_device`], emulated, which needs no KVM.
+    pub fn emulated(&self, lab: &Lab, ram: u64, properties: &str) -> Launch {
+        let mib = ram / MIB;
+        let accelerator = "-accel tcg -cpu max";
+        Launch::bare(lab).with(accelerator).with(self.object).with(&format!(
+            "-m {mib}M -object memory-backend-private,id=ram0,size={mib}M,emulate=on{properties} \
+             -machine q35,memory-backend=ram0"
+        ))
+    }
+
+    pub fn device(&self) -> Result<String> {
         let (host, property) = (assignable()?, self.property);
         Ok(format!("-device vfio-pci,host={host},addr=5{property}"))
     }
 
-    fn launch(&self, lab: &Lab, ram: u64, properties: &str) -> Result<Launch> {
+    pub fn launch(&self, lab: &Lab, ram: u64, properties: &str) -> Result<Launch> {
         let launch = self.without_device(lab, ram, properties, "q35");
         Ok(launch.with(&self.device()?))
     }
@@ -138,14 +148,14 @@ fn used(machine: &Machine, limit: u64) -> Result<u64> {
     Ok(limit - host::dma_available(machine.pid())?)
 }
 
-fn started(launch: Launch) -> Result<Machine> {
+pub fn started(launch: Launch) -> Result<Machine> {
     let mut machine = launch.start_guest()?;
     machine.ask_ok("assign")?;
     Ok(machine)
 }
 
 /// The device reads the page `from` and writes the page `to`.
-fn copy(machine: &mut Machine, from: u64, to: u64) -> Result<()> {
+pub fn copy(machine: &mut Machine, from: u64, to: u64) -> Result<()> {
     machine.ask_ok(&format!("dma read {from:#x}"))?;
     machine.ask_ok(&format!("dma write {to:#x}"))
 }

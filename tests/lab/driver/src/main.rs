@@ -29,6 +29,7 @@ mod launch;
 mod lifecycle;
 mod linux;
 mod machine;
+mod old_memory;
 mod properties;
 mod qmp;
 mod refusals;

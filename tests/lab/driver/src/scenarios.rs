@@ -19,7 +19,7 @@ use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
 use crate::{
     Lab, access, assigned, bench, cgroup, demo, docs, failure, host, hostile, launch, lifecycle,
-    linux, properties,
+    linux, old_memory, properties,
 };
 use Side::{Private, Shared};
 
@@ -171,6 +171,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(access::all());
     list.extend(properties::all());
     list.extend(assigned::all());
+    list.extend(old_memory::all());
     list.extend(cgroup::all());
     list.extend(launch::all());
     list.extend(failure::all());
