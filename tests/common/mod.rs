@@ -717,6 +717,8 @@ impl Kernel for Model {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         self.call()?;
+        // In the order of `set_memory_attributes`.
+        let pages = self.pages.lock().unwrap();
         let mut mappings = self.slot_mappings.lock().unwrap();
         let mapping = mappings
             .iter_mut()
@@ -728,7 +730,7 @@ impl Kernel for Model {
             true => mapping.hidden.extend(offsets),
             false => mapping.hidden.retain(|granule| !offsets.contains(granule)),
         }
-        self.check_hidden(mapping, &self.pages().private);
+        self.check_hidden(mapping, &pages.private);
         Ok(())
     }
 
