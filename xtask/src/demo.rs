@@ -47,8 +47,8 @@ pub fn run(cx: &Context, boot: &BootArgs, json: bool, repeat: u32) -> Result<Exi
 /// One of several demos, as one test.
 fn run_round(cx: &Context, lab: &Lab, limit: Duration, round: Round) -> Tally {
     let started = Instant::now();
-    let mut progress = Progress::start("demo");
-    let (_, problems) = show(cx, lab, limit, |line| progress.tick(line));
+    let progress = Progress::start("demo");
+    let (_, problems) = show(cx, lab, limit, |line| progress.line(line));
     progress.finish();
     let tally = match problems.as_slice() {
         [] => Tally::pass(),
@@ -74,7 +74,12 @@ fn show(
         Event::Test(test) if test.result == Verdict::Failed => {
             problems.push(format!("{}: {}", test.name, test.why));
         }
-        Event::Test(_) | Event::Bench(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
+        Event::Begin(_)
+        | Event::Test(_)
+        | Event::Bench(_)
+        | Event::Soak(_)
+        | Event::Exit(_)
+        | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
     match demo.is_empty() {

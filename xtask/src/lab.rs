@@ -21,10 +21,11 @@ use tempfile::NamedTempFile;
 use crate::Context;
 use crate::apt;
 use crate::cache::{self, Stamp};
+use crate::console::Console;
 use crate::docs;
 use crate::kernel::{self, Kernel};
 use crate::library;
-use crate::protocol::{self, Event};
+use crate::protocol::Event;
 use crate::qemu::{self, Build, Line};
 use crate::run;
 
@@ -59,6 +60,11 @@ const ASSIGNABLE: &[&str] = &[
 /// machine in QEMU, VFIO asks for the word of who trusts the guest.
 const ASSIGNABLE_OPTIONS: &str = "intel_iommu=on vfio_iommu_type1.allow_unsafe_interrupts=1 \
     iommufd.allow_unsafe_interrupts=1";
+
+/// Any fault of the kernel ends the machine at once, with its text on the console: an oops is a
+/// panic, and a panic resets. A hang is one after two minutes, which is how long the driver waits.
+const PANIC: &str = "oops=panic panic=-1 softlockup_panic=1 watchdog_thresh=60 hung_task_panic=1 \
+    sysctl.kernel.panic_on_rcu_stall=1 rcupdate.rcu_cpu_stall_timeout=120";
 
 /// ROMs of our own, and how they are built: our guest, also for RAM that is private
 /// at first ...
@@ -136,7 +142,12 @@ pub fn command(
         Event::Log(line) => println!("{line}"),
         Event::Exit(status) => exit = Some(status),
         Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Bench(_) | Event::Soak(_) | Event::Done => {}
+        Event::Begin(_)
+        | Event::Test(_)
+        | Event::Demo(_)
+        | Event::Bench(_)
+        | Event::Soak(_)
+        | Event::Done => {}
     });
     problems.extend(boot.err().map(|error| format!("{error:#}")));
     match exit {
@@ -228,23 +239,15 @@ impl Lab {
         mut on_event: impl FnMut(Event),
     ) -> Result<()> {
         let log = self.log(cx, name)?;
-        let mut done = false;
-        let console = |line: &str| {
-            let event = protocol::parse(line);
-            // What the kernel says while it goes down is only for the log.
-            if !(done && matches!(event, Event::Log(_))) {
-                done |= matches!(event, Event::Done | Event::Exit(_));
-                on_event(event);
-            }
-        };
+        let mut console = Console::default();
         let mut machine = self.machine(options);
         machine.args(["-serial", "stdio"]);
-        watch(machine, &log, limit, console)
-            .and_then(|()| {
-                ensure!(done, "the lab ended before it was done");
-                Ok(())
-            })
-            .with_context(|| format!("its console is in {}", log.display()))
+        let ended = watch(machine, &log, limit, |line| {
+            if let Some(event) = console.hear(line) {
+                on_event(event);
+            }
+        });
+        console.verdict(ended, &log)
     }
 
     fn machine(&self, options: &str) -> Command {
@@ -264,7 +267,7 @@ impl Lab {
             .arg(&self.initramfs)
             .arg("-append")
             .arg(format!(
-                "console=ttyS0 panic=-1 quiet {ASSIGNABLE_OPTIONS} lab.line={} {options}",
+                "console=ttyS0 quiet {PANIC} {ASSIGNABLE_OPTIONS} lab.line={} {options}",
                 self.line
             ));
         command

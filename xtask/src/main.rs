@@ -8,13 +8,17 @@ mod apt;
 mod bench;
 mod cache;
 mod checkpatch;
+mod console;
 mod coverage;
+mod death;
 mod demo;
 mod docs;
 mod full;
 mod fuzz;
 mod header;
 mod kernel;
+#[path = "../../tests/lab/driver/src/kernel_log.rs"]
+mod kernel_log;
 mod lab;
 mod library;
 mod miri;

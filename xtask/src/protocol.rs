@@ -11,6 +11,8 @@ const MARK: &str = "@lab ";
 #[derive(Debug, PartialEq)]
 pub enum Event {
     Log(String),
+    /// A test of this name begins.
+    Begin(String),
     Test(Test),
     Demo(Map<String, Value>),
     Bench(Value),
@@ -71,6 +73,9 @@ fn result(json: &str) -> Option<Event> {
     if object.contains_key("test") {
         return serde_json::from_value(value).ok().map(Event::Test);
     }
+    if let Some(name) = object.get("begin") {
+        return name.as_str().map(|name| Event::Begin(name.to_owned()));
+    }
     if let Some(Value::Object(demo)) = object.remove("demo") {
         return Some(Event::Demo(demo));
     }
@@ -101,6 +106,10 @@ mod tests {
         assert_eq!(parse(r#"@lab {"done": true}"#), Event::Done);
         assert_eq!(parse(r#"[ 1.0] noise @lab {"exit": 3}"#), Event::Exit(3));
         assert_eq!(parse(r#"@lab {"exit": -1}"#), Event::Exit(255));
+        assert_eq!(
+            parse(r#"@lab {"begin": "holes"}"#),
+            Event::Begin("holes".into())
+        );
         let test = Test {
             name: "holes".into(),
             result: Verdict::Skipped,
@@ -115,6 +124,7 @@ mod tests {
         for line in [
             r#"@lab {"test": "holes", "result": "fine"}"#,
             r#"@lab {"test": "#,
+            r#"@lab {"begin": 3}"#,
             r#"@lab {"done": false}"#,
             r#"@lab {"soak": {"accepted": 3}}"#,
             "@lab 3",

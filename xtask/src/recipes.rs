@@ -88,7 +88,7 @@ pub fn check(
             tally.check(&format!("{domain}, emulated"), starts);
             let in_the_lab = libvirt
                 .command_line(page)
-                .and_then(|command| start_in_the_lab(cx, lab, command));
+                .and_then(|command| run::work(&domain, || start_in_the_lab(cx, lab, command)));
             tally.check(&format!("{domain}, in the lab"), in_the_lab);
         }
         Err(why) => tally.skipped.push(format!("{domain}: {why:#}")),

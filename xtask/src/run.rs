@@ -6,10 +6,12 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, IsTerminal as _, PipeReader, Write as _};
+use std::io::{self, BufRead as _, BufReader, IsTerminal as _, PipeReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -70,12 +72,12 @@ pub fn attempt_within(
     limit: Option<Duration>,
 ) -> Result<Ended> {
     let log = cache.dir("logs")?.join(slug(label) + ".log");
-    let mut progress = Progress::start(label);
-    let (status, hung, tail) = logged(command, &log, &mut progress, limit)?;
+    let progress = Progress::start(label);
+    let (status, hung, tail) = logged(command, &log, &progress, limit)?;
     if status.success() {
         progress.finish();
     } else {
-        progress.clear();
+        drop(progress);
         for line in &tail {
             eprintln!("    | {line}");
         }
@@ -125,7 +127,7 @@ pub fn jobs() -> usize {
 fn logged(
     mut command: Command,
     log: &Path,
-    progress: &mut Progress,
+    progress: &Progress,
     limit: Option<Duration>,
 ) -> Result<(ExitStatus, bool, VecDeque<String>)> {
     let mut log = File::create(log)?;
@@ -140,15 +142,36 @@ fn logged(
         .with_context(|| format!("cannot run {}", shown(&command)))?;
     // The command holds our ends for writing: the pipe ends when they are gone.
     drop(command);
-    let deadline = limit.map(|limit| Instant::now() + limit);
-    let mut hung = false;
-    let tail = follow(reader, &mut log, progress, || {
-        if deadline.is_some_and(|deadline| Instant::now() > deadline) {
-            hung = true;
-            kill(child.id());
-        }
-    })?;
+    let watchdog = limit.map(|limit| Watchdog::start(child.id(), limit));
+    let tail = follow(reader, &mut log, progress)?;
+    let hung = watchdog.is_some_and(Watchdog::has_killed);
     Ok((child.wait()?, hung, tail))
+}
+
+/// Kills a child that runs for too long.
+struct Watchdog {
+    done: Sender<()>,
+    thread: JoinHandle<bool>,
+}
+
+impl Watchdog {
+    fn start(child: u32, limit: Duration) -> Self {
+        let (done, ended) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let hung = ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            if hung {
+                kill(child);
+            }
+            hung
+        });
+        Self { done, thread }
+    }
+
+    /// The child has ended, or closed its output: whether it was killed.
+    fn has_killed(self) -> bool {
+        drop(self.done);
+        self.thread.join().unwrap_or(false)
+    }
 }
 
 /// Kills a child of ours and all that it has started, so that nobody holds its pipe.
@@ -185,96 +208,154 @@ fn parents() -> Vec<(u32, u32)> {
     processes.filter_map(parent).collect()
 }
 
-/// Copies lines into the log until the pipe ends; returns the last of them. Calls
-/// `meanwhile` now and then.
-fn follow(
-    reader: PipeReader,
-    log: &mut File,
-    progress: &mut Progress,
-    mut meanwhile: impl FnMut(),
-) -> Result<VecDeque<String>> {
-    let (send, lines) = mpsc::channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(reader).split(b'\n').map_while(Result::ok) {
-            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-            if send.send(line).is_err() {
-                break;
-            }
-        }
-    });
+/// Copies lines into the log until the pipe ends; returns the last of them.
+fn follow(reader: PipeReader, log: &mut File, progress: &Progress) -> Result<VecDeque<String>> {
     let mut tail = VecDeque::new();
-    loop {
-        match lines.recv_timeout(Duration::from_millis(500)) {
-            Ok(line) => {
-                writeln!(log, "{line}")?;
-                tail.push_back(line);
-                if tail.len() > SHOWN_ON_FAILURE {
-                    tail.pop_front();
-                }
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(tail),
+    for line in BufReader::new(reader).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+        writeln!(log, "{line}")?;
+        progress.line(&line);
+        tail.push_back(line);
+        if tail.len() > SHOWN_ON_FAILURE {
+            tail.pop_front();
         }
-        progress.tick(tail.back().map_or("", String::as_str));
-        meanwhile();
     }
+    Ok(tail)
 }
 
-/// What the user sees of a step.
+/// What the user sees of a step while it runs, also while it says nothing. A
+/// terminal's line changes; a log gets a line now and then.
 pub struct Progress {
+    state: Arc<Mutex<State>>,
+    /// Dropped, it ends the thread that shows the state.
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct State {
     label: String,
     started: Instant,
-    last_shown: Instant,
+    /// The part of the step that runs, and since when.
+    part: Option<(String, Instant)>,
+    /// The newest line of the step's output.
+    line: String,
     terminal: bool,
+    output: Box<dyn Write + Send>,
 }
 
 impl Progress {
     pub fn start(label: &str) -> Self {
         let terminal = io::stderr().is_terminal();
-        if terminal {
-            eprint!("  {label} ...");
-        } else {
-            eprintln!("  {label} ...");
-        }
-        Self {
+        let pause = Duration::from_millis(if terminal { 500 } else { 10_000 });
+        Self::show_in(label, terminal, pause, Box::new(io::stderr()))
+    }
+
+    fn show_in(
+        label: &str,
+        terminal: bool,
+        pause: Duration,
+        output: Box<dyn Write + Send>,
+    ) -> Self {
+        let mut state = State {
             label: label.to_owned(),
             started: Instant::now(),
-            last_shown: Instant::now(),
+            part: None,
+            line: String::new(),
             terminal,
+            output,
+        };
+        state.print(&format!("  {label} ..."));
+        let state = Arc::new(Mutex::new(state));
+        let (stop, stopped) = mpsc::channel();
+        let shown = state.clone();
+        let thread = std::thread::spawn(move || {
+            while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                let mut state = lock(&shown);
+                let text = state.text(Instant::now());
+                state.print(&text);
+            }
+        });
+        Self {
+            state,
+            stop: Some(stop),
+            thread: Some(thread),
         }
     }
 
-    /// Shows the newest line: a terminal's line changes, a log gets few.
-    pub fn tick(&mut self, line: &str) {
-        let pause = Duration::from_millis(if self.terminal { 250 } else { 10_000 });
-        if self.last_shown.elapsed() < pause {
-            return;
+    /// The newest line of the step's output.
+    pub fn line(&self, line: &str) {
+        lock(&self.state).line = line.to_owned();
+    }
+
+    /// Which part of the step begins to run, if any.
+    pub fn part(&self, part: Option<&str>) {
+        let mut state = lock(&self.state);
+        state.part = part.map(|part| (part.to_owned(), Instant::now()));
+        state.line.clear();
+    }
+
+    /// Prints a line to standard output, which stays.
+    pub fn print(&self, line: &str) {
+        lock(&self.state).clear();
+        println!("{line}");
+    }
+
+    pub fn finish(mut self) {
+        self.end();
+        let state = lock(&self.state);
+        let seconds = state.started.elapsed().as_secs_f32();
+        eprintln!("  {}: done in {seconds:.1} s", state.label);
+    }
+
+    fn end(&mut self) {
+        self.stop.take();
+        // A thread that panicked has told so.
+        let _ = self.thread.take().map(JoinHandle::join);
+        lock(&self.state).clear();
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    fn text(&self, now: Instant) -> String {
+        let since = |then: Instant| now.saturating_duration_since(then).as_secs();
+        let mut doing = self.line.clone();
+        if let Some((part, begun)) = &self.part {
+            doing = format!("{part} for {} s: {doing}", since(*begun));
         }
-        self.last_shown = Instant::now();
-        let seconds = self.started.elapsed().as_secs();
         let room = if self.terminal { 60 } else { 100 };
-        let line: String = line
-            .chars()
-            .filter(|c| !c.is_control())
-            .take(room)
-            .collect();
-        if self.terminal {
-            eprint!("\r\x1b[K  {}: {seconds} s: {line}", self.label);
-        } else {
-            eprintln!("    {}: {seconds} s: {line}", self.label);
-        }
+        let doing = doing.chars().filter(|c| !c.is_control()).take(room);
+        let (label, seconds) = (&self.label, since(self.started));
+        let indent = if self.terminal { "" } else { "  " };
+        format!(
+            "{indent}  {label}: {seconds} s: {}",
+            doing.collect::<String>()
+        )
     }
 
-    fn clear(&self) {
-        if self.terminal {
-            eprint!("\r\x1b[K");
-        }
-    }
-
-    pub fn finish(self) {
+    /// Nobody is left to tell where it cannot be written.
+    fn print(&mut self, text: &str) {
         self.clear();
-        let seconds = self.started.elapsed().as_secs_f32();
-        eprintln!("  {}: done in {seconds:.1} s", self.label);
+        let end = if self.terminal { "" } else { "\n" };
+        let _ = write!(self.output, "{text}{end}");
+        let _ = self.output.flush();
+    }
+
+    fn clear(&mut self) {
+        if self.terminal {
+            let _ = write!(self.output, "\r\x1b[K");
+            let _ = self.output.flush();
+        }
     }
 }
 
@@ -305,16 +386,64 @@ mod tests {
         let mut command = Command::new("sh");
         // The second shell holds the pipe as well.
         command.args(["-c", "echo begun; sh -c 'sleep 1000; true'; true"]);
-        let mut progress = Progress::start("hang");
+        let progress = Progress::start("hang");
         let limit = Some(Duration::from_millis(100));
-        let (status, hung, tail) = logged(command, &log, &mut progress, limit).unwrap();
+        let (status, hung, tail) = logged(command, &log, &progress, limit).unwrap();
         assert!(hung && !status.success());
         assert_eq!(tail, ["begun"]);
         let mut quick = Command::new("true");
         quick.env_clear();
         let limit = Some(Duration::from_secs(1000));
-        let (status, hung, _) = logged(quick, &log, &mut progress, limit).unwrap();
+        let (status, hung, _) = logged(quick, &log, &progress, limit).unwrap();
         assert!(!hung && status.success());
+    }
+
+    #[test]
+    fn progress_names_the_part_that_runs_and_its_time() {
+        let second = |number| Duration::from_secs(number);
+        let started = Instant::now();
+        let mut state = State {
+            label: "lab 10.2".to_owned(),
+            started,
+            part: None,
+            line: "kernel 7.3\r".to_owned(),
+            terminal: false,
+            output: Box::new(io::sink()),
+        };
+        assert_eq!(state.text(started), "    lab 10.2: 0 s: kernel 7.3");
+        state.part = Some(("accounting".to_owned(), started + second(3)));
+        let text = state.text(started + second(123));
+        assert_eq!(
+            text,
+            "    lab 10.2: 123 s: accounting for 120 s: kernel 7.3"
+        );
+        state.line = "x".repeat(200);
+        assert_eq!(state.text(started).len(), "    lab 10.2: 0 s: ".len() + 100);
+    }
+
+    #[test]
+    fn progress_is_shown_while_nothing_is_said() -> Result<()> {
+        let (reader, writer) = io::pipe()?;
+        let pause = Duration::from_millis(1);
+        let progress = Progress::show_in("lab 10.2", false, pause, Box::new(writer));
+        progress.part(Some("accounting"));
+        let (send, shown) = mpsc::channel();
+        std::thread::spawn(move || {
+            let lines = BufReader::new(reader).lines().map_while(Result::ok);
+            lines.for_each(|line| drop(send.send(line)));
+        });
+        // It comes at once, but a test that hangs tells nothing.
+        let limit = Duration::from_secs(60);
+        while !shown.recv_timeout(limit)?.contains("accounting") {}
+        // Its thread ends with it.
+        drop(progress);
+        let end = loop {
+            if let Err(end) = shown.recv_timeout(limit) {
+                break end;
+            }
+        };
+        assert_eq!(end, RecvTimeoutError::Disconnected);
+        Ok(())
     }
 
     #[test]

@@ -252,15 +252,16 @@ impl Soak<'_> {
     fn attack(&self, seed: u64) -> Result<Round> {
         let mut told = None;
         let mut problems = Vec::new();
-        let mut progress = Progress::start(&format!("attack with seed {seed}"));
+        let progress = Progress::start(&format!("attack with seed {seed}"));
         let options = format!("lab.soak={seed}:{}", self.requests);
         let boot = self
             .lab
             .boot(self.cx, LOG, &options, self.limit, |event| match event {
-                Event::Log(line) => progress.tick(&line),
+                Event::Log(line) => progress.line(&line),
                 Event::Soak(round) => told = Some(round),
                 Event::Error(error) => problems.push(error),
-                Event::Test(_)
+                Event::Begin(_)
+                | Event::Test(_)
                 | Event::Demo(_)
                 | Event::Bench(_)
                 | Event::Exit(_)

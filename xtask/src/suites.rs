@@ -15,6 +15,7 @@ use clap::ValueEnum;
 use crate::Context;
 use crate::checkpatch;
 use crate::coverage;
+use crate::death;
 use crate::docs;
 use crate::full;
 use crate::fuzz;
@@ -585,11 +586,26 @@ fn unnumbered(name: &str) -> &str {
 }
 
 fn lab(cx: &Context, line: Line, tests: &[String], round: Round) -> Result<Tally> {
-    const BOOT: &str = "test";
     let lab = Lab::prepare(cx, Some(line))?;
-    let label = format!("lab {line}");
+    let (deaths, tests): (Vec<_>, Vec<_>) =
+        tests.iter().cloned().partition(|test| death::is_one(test));
     let mut tally = Tally::default();
-    let mut progress = run::Progress::start(&label);
+    if !tests.is_empty() || deaths.is_empty() {
+        tally = lab_tests(cx, &lab, &tests, round)?;
+    }
+    if !deaths.is_empty() || tests.is_empty() {
+        tally.add(death::suite(cx, &lab, &deaths)?);
+    }
+    Ok(tally)
+}
+
+/// The tests of these names, or all, in one boot of the lab.
+fn lab_tests(cx: &Context, lab: &Lab, tests: &[String], round: Round) -> Result<Tally> {
+    const BOOT: &str = "test";
+    let label = format!("lab {}", lab.line());
+    let mut tally = Tally::default();
+    let mut running = None;
+    let progress = run::Progress::start(&label);
     let run = match tests {
         [] => "lab.run=all".to_owned(),
         some => format!("lab.run={}", some.join(",")),
@@ -598,13 +614,19 @@ fn lab(cx: &Context, line: Line, tests: &[String], round: Round) -> Result<Tally
     let boot = lab.boot(cx, BOOT, &run, LAB_LIMIT, |event| match event {
         // Who names a test may want to see what it found.
         Event::Log(line) if named && round.is_only() && line.starts_with(REMARK) => {
-            println!("{line}");
+            progress.print(&line);
         }
-        Event::Log(line) => progress.tick(&line),
+        Event::Log(line) => progress.line(&line),
         Event::Error(error) => tally.failed.push(error),
+        Event::Begin(name) => {
+            progress.part(Some(&name));
+            running = Some(name);
+        }
         Event::Test(test) => {
+            progress.part(None);
+            running = None;
             if named && !round.is_only() {
-                println!("{round}{}: {}", test.name, test.result);
+                progress.print(&format!("{round}{}: {}", test.name, test.result));
             }
             let why = format!("{}: {}", test.name, test.why);
             match test.result {
@@ -617,7 +639,9 @@ fn lab(cx: &Context, line: Line, tests: &[String], round: Round) -> Result<Tally
     });
     progress.finish();
     if let Err(error) = boot {
-        tally.failed.push(format!("{label}: {error:#}"));
+        // The test that ran meanwhile has failed.
+        let test = running.map_or_else(String::new, |name| format!("{name}: "));
+        tally.failed.push(format!("{test}{label}: {error:#}"));
     }
     Ok(tally.ended(&label, true).with_log(&lab.log(cx, BOOT)?))
 }

@@ -56,6 +56,8 @@
  *                                        anew when it wakes up, and memory
  *                                        from 1 MiB on is as it was           -> no reply
  *   reboot                               q35: by the reset control register   -> no reply
+ *   jump ADDR                            run what is there
+ *   triple-fault                         which resets the machine
  *   exit STATUS                          leave through isa-debug-exit
  */
 #include "machine.h"
@@ -1444,6 +1446,17 @@ static void put_ret(int64_t ret)
 	put("\n");
 }
 
+/* An exception for which there is no handler, nor one for the double fault. */
+static void triple_fault(void)
+{
+	struct __attribute__((packed)) {
+		u16 limit;
+		u64 base;
+	} none = { 0, 0 };
+
+	asm volatile("lidt %0; ud2" : : "m"(none));
+}
+
 static bool obey(char *word[], int n)
 {
 	u64 a[MAX_WORDS - 1] = { 0 };
@@ -1526,6 +1539,10 @@ static bool obey(char *word[], int n)
 		suspend();
 	} else if (n == 1 && same(word[0], "reboot")) {
 		reboot();
+	} else if (n == 2 && same(word[0], "jump")) {
+		((void (*)(void))a[0])();
+	} else if (n == 1 && same(word[0], "triple-fault")) {
+		triple_fault();
 	} else if (n == 2 && same(word[0], "exit")) {
 		leave(a[0]);
 	} else {

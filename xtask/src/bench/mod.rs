@@ -40,7 +40,12 @@ fn told_by_lab(
         Event::Log(line) => eprintln!("{line}"),
         Event::Bench(value) => told.push(value),
         Event::Error(error) => problems.push(error),
-        Event::Test(_) | Event::Demo(_) | Event::Soak(_) | Event::Exit(_) | Event::Done => {}
+        Event::Begin(_)
+        | Event::Test(_)
+        | Event::Demo(_)
+        | Event::Soak(_)
+        | Event::Exit(_)
+        | Event::Done => {}
     })?;
     match problems.pop() {
         Some(problem) => bail!(problem),

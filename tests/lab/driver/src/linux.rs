@@ -38,10 +38,10 @@ const LINUX: &str = "-smp 1 -bios /guest/loader.bin \
     -cpu host,-svm,-kvmclock,-kvm-pv-eoi,-kvm-steal-time,-kvm-asyncpf,-kvm-asyncpf-int \
     -fw_cfg name=opt/privmem/kernel,file=/guest/vmlinux \
     -fw_cfg name=opt/privmem/initrd,file=/guest/initrd -fw_cfg";
-/// The pool is 8 MiB: the block layer asks for up to 4 MiB at once, and waits for ever where that
+/// Any fault ends it at once, but not that the host has stopped it for a while. The pool is 8 MiB: the block layer asks for up to 4 MiB at once, and waits for ever where that
 /// does not fit.
-const COMMAND_LINE: &str = "name=opt/privmem/cmdline,string=console=ttyS0 quiet panic=-1 \
-    rdinit=/shell driven=1 private_guest swiotlb=4096,,force";
+const COMMAND_LINE: &str = "name=opt/privmem/cmdline,string=console=ttyS0 quiet oops=panic panic=-1 \
+    nowatchdog rdinit=/shell driven=1 private_guest swiotlb=4096,,force";
 
 /// On an emulated CPU Linux fails to calibrate its TSC, and then asks QEMU's HPET for the time, again and
 /// again, which takes half of the time. So it is told.
@@ -54,7 +54,8 @@ fn command_line() -> Result<String> {
 const PLAIN_LINUX: &str = "-smp 1 -m 256M -object memory-backend-memfd,id=ram0,size=256M \
     -machine q35,memory-backend=ram0 \
     -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd -append";
-const PLAIN_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 rdinit=/shell driven=1";
+const PLAIN_COMMAND_LINE: &str = "console=ttyS0 quiet oops=panic panic=-1 nowatchdog rdinit=/shell \
+    driven=1";
 
 /// What a device needs that is to use the pool.
 const DEVICE: &str = "disable-legacy=on,iommu_platform=on";
@@ -124,13 +125,14 @@ impl Linux {
     }
 
     fn comes_back(&mut self, by_guest: bool) -> Result<()> {
-        self.machine.output("linux ready")?;
-        let reset = self.machine.qmp.event("RESET")?;
+        // First, so that it does not count as unexpected while the shell is awaited.
+        let reset = self.machine.restarts()?;
         same(
             "reset by the guest",
             reset["guest"].as_bool(),
             Some(by_guest),
-        )
+        )?;
+        self.machine.output("linux ready").map(drop)
     }
 
     /// The operator's request to have this much memory, with which the guest complies.

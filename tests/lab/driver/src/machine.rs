@@ -1,15 +1,14 @@
-//! The inner machine: a QEMU process with a QMP socket and our guest (or Linux) on its serial
+//! The inner machine: a QEMU process with a QMP connection and our guest (or Linux) on its serial
 //! line. Owns the process: it is killed when the value goes away.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::Lab;
 use crate::qmp::{DEADLINE, Qmp};
+use crate::watch::{Told, Watch};
 
 pub const PAGE: u64 = 4096;
 /// How many extents are asked for at a time: few, so that lists have many pages.
@@ -125,19 +125,13 @@ impl Launch {
     }
 
     fn launch(self) -> Result<Launched> {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let socket = PathBuf::from(format!(
-            "/tmp/qmp-{}.sock",
-            COUNTER.fetch_add(1, Ordering::Relaxed)
-        ));
-        let launch = self.with(&format!(
-            "-qmp unix:{},server=on,wait=off",
-            socket.display()
-        ));
-        let mut process = Process::spawn(&launch)?;
-        match process.connect(&socket)? {
-            Some(qmp) => Ok(Launched::Running(Machine { process, qmp })),
-            None => Ok(Launched::Ended(process.wait()?, process.stderr())),
+        let process = Process::spawn(&self)?;
+        match Qmp::new(process.watch.clone()) {
+            Ok(qmp) => Ok(Launched::Running(Machine { process, qmp })),
+            Err(error) => match process.ended() {
+                Some(status) => Ok(Launched::Ended(status, process.stderr())),
+                None => Err(error),
+            },
         }
     }
 }
@@ -157,12 +151,11 @@ fn drop_ipc_lock() -> std::io::Result<()> {
     }
 }
 
-/// The child process and the threads that read from it.
+/// The child process, watched by a thread.
 struct Process {
     child: Child,
     stdin: ChildStdin,
-    lines: Receiver<String>,
-    stderr: Option<JoinHandle<String>>,
+    watch: Arc<Watch>,
 }
 
 impl Process {
@@ -173,90 +166,65 @@ impl Process {
             // SAFETY: between fork and exec only async-signal-safe calls are made.
             unsafe { shell.pre_exec(drop_ipc_lock) };
         }
+        let (qmp, theirs) = UnixStream::pair()?;
+        let fd = theirs.as_raw_fd();
+        // SAFETY: as above.
+        unsafe { shell.pre_exec(move || keep_open(fd)) };
         let mut child = shell
             .args(["-ec", &script.join("\n"), "sh"])
             .arg(&launch.qemu)
             .args(&launch.args)
+            .args(["-chardev", &format!("socket,id=qmp,fd={fd}")])
+            .args(["-mon", "chardev=qmp,mode=control"])
             .envs(launch.environment.iter().cloned())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("{}", launch.qemu.display()))?;
+        // Otherwise the connection would not end with QEMU.
+        drop(theirs);
         let stdin = child.stdin.take().context("no stdin")?;
         let stdout = child.stdout.take().context("no stdout")?;
         let stderr = child.stderr.take().context("no stderr")?;
-        let (sender, lines) = channel();
-        thread::spawn(move || each_line(stdout, |line| drop(sender.send(line))));
-        let stderr = thread::spawn(move || {
-            let mut text = String::new();
-            each_line(stderr, |line| {
-                println!("qemu: {line}");
-                text.push_str(&line);
-                text.push('\n');
-            });
-            text
-        });
         Ok(Process {
+            watch: Watch::start(child.id(), stdout.into(), stderr.into(), qmp)?,
             child,
             stdin,
-            lines,
-            stderr: Some(stderr),
         })
     }
 
-    /// None when QEMU ended instead.
-    fn connect(&mut self, path: &Path) -> Result<Option<Qmp>> {
-        let end = Instant::now() + DEADLINE;
-        while self.child.try_wait()?.is_none() {
-            if let Ok(socket) = UnixStream::connect(path) {
-                return match Qmp::new(socket) {
-                    Ok(qmp) => Ok(Some(qmp)),
-                    Err(e) => self.wait().map(|_| None).map_err(|_| e),
-                };
-            }
-            ensure!(
-                Instant::now() < end,
-                "QEMU neither opened its QMP socket nor ended"
-            );
-            thread::sleep(Duration::from_millis(10));
-        }
-        Ok(None)
+    fn wait(&self) -> Result<ExitStatus> {
+        self.watch.wait("QEMU's end", |told| told.ended)
     }
 
-    fn wait(&mut self) -> Result<ExitStatus> {
-        let end = Instant::now() + DEADLINE;
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status);
-            }
-            ensure!(Instant::now() < end, "no end of waiting for QEMU to end");
-            thread::sleep(Duration::from_millis(10));
-        }
+    fn ended(&self) -> Option<ExitStatus> {
+        self.watch.until(Duration::ZERO, |told| told.ended)
     }
 
     /// All of stderr; only once the process has ended.
-    fn stderr(&mut self) -> String {
-        self.stderr
-            .take()
-            .and_then(|thread| thread.join().ok())
-            .unwrap_or_default()
+    fn stderr(&self) -> String {
+        let errors = |told: &mut Told| Some(told.errors.clone());
+        self.watch.until(Duration::ZERO, errors).unwrap_or_default()
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        let _ = self.wait();
+        if self.watch.until(DEADLINE, |told| told.ended).is_some() {
+            // It does not wait, but reaps.
+            let _ = self.child.wait();
+        }
     }
 }
 
-fn each_line(from: impl Read, mut take: impl FnMut(String)) {
-    let mut from = BufReader::new(from);
-    let mut line = Vec::new();
-    while matches!(from.read_until(b'\n', &mut line), Ok(n) if n > 0) {
-        take(String::from_utf8_lossy(&line).trim_end().to_string());
-        line.clear();
+/// The program that this process becomes has the file, too.
+fn keep_open(fd: RawFd) -> std::io::Result<()> {
+    // SAFETY: F_SETFD takes a number and touches none of our memory.
+    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
@@ -284,46 +252,54 @@ impl Machine {
 
     /// Waits for a line on the serial console.
     pub fn line(&mut self, awaited: &str, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        self.process.watch.wait(awaited, |told| {
+            loop {
+                let line = told.lines.pop_front()?;
+                if wanted(&line) {
+                    return Some(line);
+                }
+            }
+        })
+    }
+
+    /// Waits for a Linux. It may owe what is awaited until something comes in: on the emulated CPU
+    /// interrupts of the serial port get lost now and then, whatever its memory is. So it gets an
+    /// empty line each time that it is silent.
+    fn prodding<T>(
+        &mut self,
+        awaited: &str,
+        mut look: impl FnMut(&mut Told) -> Option<T>,
+    ) -> Result<T> {
+        let watch = self.process.watch.clone();
         let end = Instant::now() + DEADLINE;
-        let mut seen = Vec::new();
         loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.process.lines.recv_timeout(left) {
-                Ok(line) if wanted(&line) => return Ok(line),
-                Ok(line) => {
-                    ensure!(
-                        !line.starts_with("trap "),
-                        "waiting for {awaited}, the guest died: {line}"
-                    );
-                    seen.push(line);
-                }
-                Err(e) => {
-                    let tail = seen.split_off(seen.len().saturating_sub(10)).join(" / ");
-                    bail!("{e}; awaited was {awaited}, last on the serial line: {tail}");
-                }
+            match watch.within(SILENCE, awaited, &mut look)? {
+                Some(found) => return Ok(found),
+                // If it fails, the machine has died, and the next look tells why.
+                None if Instant::now() < end => drop(self.send("")),
+                None => return Err(watch.timed_out(awaited)),
             }
         }
     }
 
-    /// The lines before one that begins with `mark`, and what stands after that. A Linux may owe them
-    /// until something comes in: on the emulated CPU interrupts of the serial port get lost now and
-    /// then, whatever its memory is. So it gets an empty line each time that it is silent.
+    /// The lines of a Linux before one that begins with `mark`, and what stands after that.
     pub fn output(&mut self, mark: &str) -> Result<(String, String)> {
-        let end = Instant::now() + DEADLINE;
         let mut lines: Vec<String> = Vec::new();
-        loop {
-            match self.process.lines.recv_timeout(SILENCE) {
-                Ok(line) => match line.strip_prefix(mark) {
-                    Some(rest) => return Ok((lines.join("\n").trim().into(), rest.trim().into())),
+        let rest = self.prodding(mark, |told| {
+            loop {
+                let line = told.lines.pop_front()?;
+                match line.strip_prefix(mark) {
+                    Some(rest) => return Some(rest.trim().to_owned()),
                     None => lines.push(line),
-                },
-                Err(RecvTimeoutError::Timeout) if Instant::now() < end => self.send("")?,
-                Err(e) => bail!(
-                    "{e}; awaited was {mark}, before it came: {}",
-                    lines.join(" / ")
-                ),
+                }
             }
-        }
+        })?;
+        Ok((lines.join("\n").trim().into(), rest))
+    }
+
+    /// A Linux starts again, by its own hand or by the operator's; gives the event's data.
+    pub fn restarts(&mut self) -> Result<Value> {
+        self.prodding("the QMP event RESET", |told| told.take_event("RESET"))
     }
 
     /// One command to our guest; gives its reply.
@@ -333,8 +309,9 @@ impl Machine {
     }
 
     pub fn send(&mut self, command: &str) -> Result<()> {
-        writeln!(self.process.stdin, "{command}")
-            .with_context(|| format!("sending the guest '{command}'"))
+        let sent = writeln!(self.process.stdin, "{command}");
+        let what = format!("the guest '{command}'");
+        sent.map_err(|error| self.process.watch.not_sent(&what, error))
     }
 
     fn reply(&mut self, command: &str) -> Result<String> {
@@ -447,23 +424,17 @@ impl Machine {
         Ok(())
     }
 
-    /// A Linux turns itself off, prodded as by [`Machine::output`], and QEMU ends.
+    /// A Linux turns itself off, and QEMU ends.
     pub fn power_off(mut self) -> Result<()> {
         self.send("poweroff -f")?;
-        let end = Instant::now() + DEADLINE;
-        while self.process.child.try_wait()?.is_none() && Instant::now() < end {
-            thread::sleep(SILENCE);
-            // It fails once QEMU has ended.
-            let _ = self.send("");
-        }
-        let status = self.process.wait()?;
+        let status = self.prodding("QEMU's end", |told| told.ended)?;
         let said = self.process.stderr();
         ensure!(status.success(), "QEMU ended with {status}: {said}");
         Ok(())
     }
 
     /// QEMU ends by itself with an error; gives what it wrote to stderr.
-    pub fn ended(mut self) -> Result<String> {
+    pub fn ended(self) -> Result<String> {
         let status = self.process.wait()?;
         let said = self.process.stderr();
         ensure!(status.code() == Some(1), "QEMU ended with {status}: {said}");

@@ -1,6 +1,6 @@
 //! PID 1 of the lab's outer machine. Owns the way from the kernel command line to power off;
-//! what is tested lives in `scenarios`, `demo` and `conformance`, QEMU is handled by `machine`
-//! and `qmp`.
+//! what is tested lives in `scenarios`, `demo` and `conformance`, QEMU is handled by `machine`,
+//! `qmp` and `watch`.
 //!
 //! `lab.run=all|demo|NAME,..`  run scenarios and conformance tests (`lab.line=10.2` picks the QEMU)
 //! `lab.bench`                 measure conversions; `lab.bench=vfio`: with a device assigned
@@ -19,12 +19,14 @@ mod bare;
 mod bench;
 mod cgroup;
 mod conformance;
+mod death;
 mod demo;
 mod docs;
 mod failure;
 mod gdb;
 mod host;
 mod hostile;
+mod kernel_log;
 mod launch;
 mod lifecycle;
 mod linux;
@@ -36,6 +38,7 @@ mod refusals;
 mod scenarios;
 mod secrets;
 mod tracing;
+mod watch;
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -114,10 +117,15 @@ impl Lab {
 
 fn run_tests(lab: &Lab, names: &str) -> Result<()> {
     let scenarios = scenarios::all();
+    let deaths = death::of_the_lab();
     for name in names.split(',').filter(|name| *name != "all") {
         if name.contains("::") {
             run_conformance(lab, name);
-        } else if let Some(scenario) = scenarios.iter().find(|scenario| scenario.name == name) {
+        } else if let Some(scenario) = scenarios
+            .iter()
+            .chain(&deaths)
+            .find(|scenario| scenario.name == name)
+        {
             run_scenario(lab, scenario);
         } else {
             verdict(name, "failed", "there is no such test");
@@ -135,6 +143,7 @@ fn run_tests(lab: &Lab, names: &str) -> Result<()> {
 }
 
 fn run_conformance(lab: &Lab, name: &str) {
+    begin(name);
     match conformance::run(name) {
         Ok(None) => verdict(name, "ok", ""),
         // Here is all that a test may ask for.
@@ -171,6 +180,7 @@ fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
         let why = format!("it needs Linux {major}.{minor}, this is {}", lab.kernel);
         return verdict(scenario.name, "skipped", &why);
     }
+    begin(scenario.name);
     match catch_unwind(AssertUnwindSafe(|| scenario.run(lab))) {
         Ok(Ok(())) => verdict(scenario.name, "ok", ""),
         Ok(Err(e)) => verdict(scenario.name, "failed", &format!("{e:#}")),
@@ -180,6 +190,11 @@ fn run_scenario(lab: &Lab, scenario: &scenarios::Scenario) {
             "the scenario panicked; see the log",
         ),
     }
+}
+
+/// Who reads the console knows which test runs, and since when.
+fn begin(name: &str) {
+    report(json!({"begin": name}));
 }
 
 fn verdict(name: &str, result: &str, why: &str) {

@@ -18,8 +18,8 @@ use crate::machine::{
 use crate::qmp::DEADLINE;
 use crate::refusals::{REFUSALS, Refusal};
 use crate::{
-    Lab, access, assigned, bench, cgroup, demo, docs, failure, host, hostile, launch, lifecycle,
-    linux, old_memory, properties,
+    Lab, access, assigned, bench, cgroup, death, demo, docs, failure, host, hostile, launch,
+    lifecycle, linux, old_memory, properties,
 };
 use Side::{Private, Shared};
 
@@ -104,7 +104,7 @@ impl Scenario {
     }
 
     /// For any KVM.
-    const fn plain(name: &'static str, function: Function) -> Scenario {
+    pub const fn plain(name: &'static str, function: Function) -> Scenario {
         Scenario {
             needs_private: false,
             ..Scenario::new(name, function)
@@ -179,6 +179,7 @@ pub fn all() -> Vec<Scenario> {
     list.extend(hostile::all());
     list.extend(linux::all());
     list.extend(lifecycle::all());
+    list.extend(death::all());
     list.extend(refusals);
     list.push(Scenario::new("documented-commands", docs::run));
     list.push(Scenario::new("demo", demo::run));
@@ -1507,7 +1508,7 @@ fn linux_guest(lab: &Lab) -> Result<()> {
     let mut machine = Launch::kvm(lab)
         .with(PRIVATE)
         .with("-no-shutdown -bios qboot.rom -kernel /guest/vmlinux -initrd /guest/initrd -append")
-        .arg("console=ttyS0 lab.role=guest quiet panic=-1")
+        .arg("console=ttyS0 lab.role=guest quiet oops=panic panic=-1 nowatchdog")
         .start()?;
     let hello = machine.line("Linux's first words", |line| {
         line.starts_with("guest-linux ")
@@ -1515,6 +1516,8 @@ fn linux_guest(lab: &Lab) -> Result<()> {
     println!("  {hello}");
     machine.line("Linux's memory check", |line| line == "guest-linux ok")?;
     machine.qmp.event("SHUTDOWN")?;
+    // With -no-shutdown QEMU goes on, and so does the test.
+    machine.qmp.event("STOP")?;
     let info = machine.region("ram0")?;
     same("private", info.private, 0)?;
     same_held(&info, 0)?;
