@@ -18,6 +18,10 @@ use crate::secrets::{self, Found, Secrets};
 
 pub fn all() -> Vec<Scenario> {
     vec![
+        Scenario::new("linux-commands", |lab| commands(Linux::plain(lab, "")?)),
+        Scenario::private_linux("private-linux-commands", |lab| {
+            commands(Linux::private(lab, "")?)
+        }),
         Scenario::private_linux("private-linux", private_linux),
         Scenario::private_linux("private-linux-two-vcpus", two_vcpus),
         Scenario::private_linux("private-linux-disk", disk),
@@ -126,7 +130,7 @@ impl Linux {
 
     fn comes_back(&mut self, by_guest: bool) -> Result<()> {
         // First, so that it does not count as unexpected while the shell is awaited.
-        let reset = self.machine.restarts()?;
+        let reset = self.machine.qmp.event("RESET")?;
         same(
             "reset by the guest",
             reset["guest"].as_bool(),
@@ -258,6 +262,18 @@ fn fetch(server: &str, path: &str) -> Result<Vec<u8>> {
     stream.read_to_end(&mut answer)?;
     let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
     Ok(answer.split_off(end.context("an answer without a header")? + 4))
+}
+
+/// Each command is answered while nothing else is sent: at once or after the guest was idle, with
+/// lines shorter and longer than the FIFOs of the serial port.
+fn commands(mut linux: Linux) -> Result<()> {
+    for round in 0..100 {
+        let text = "serial".repeat(1 + round);
+        let idle = ["", "sleep 0.02; "][round % 2];
+        let printed = linux.run(&format!("{idle}echo {text}"))?;
+        same("what the guest printed", printed, text)?;
+    }
+    linux.finish()
 }
 
 /// What the guest writes is on the private side. A device that would not use the pool it leaves alone.

@@ -9,7 +9,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::libc;
@@ -23,8 +23,6 @@ use crate::watch::{Told, Watch};
 pub const PAGE: u64 = 4096;
 /// How many extents are asked for at a time: few, so that lists have many pages.
 const EXTENTS_LIMIT: usize = 64;
-/// How long a Linux may be silent until it is prodded.
-const SILENCE: Duration = Duration::from_millis(300);
 pub const OUR_GUEST: &str = "-bios /guest/guest.bin";
 /// The usual private machine, all its memory in one object `ram0`.
 pub const PRIVATE: &str = "-m 256M -object sw-protected-guest,id=cgs0 \
@@ -262,30 +260,10 @@ impl Machine {
         })
     }
 
-    /// Waits for a Linux. It may owe what is awaited until something comes in: on the emulated CPU
-    /// interrupts of the serial port get lost now and then, whatever its memory is. So it gets an
-    /// empty line each time that it is silent.
-    fn prodding<T>(
-        &mut self,
-        awaited: &str,
-        mut look: impl FnMut(&mut Told) -> Option<T>,
-    ) -> Result<T> {
-        let watch = self.process.watch.clone();
-        let end = Instant::now() + DEADLINE;
-        loop {
-            match watch.within(SILENCE, awaited, &mut look)? {
-                Some(found) => return Ok(found),
-                // If it fails, the machine has died, and the next look tells why.
-                None if Instant::now() < end => drop(self.send("")),
-                None => return Err(watch.timed_out(awaited)),
-            }
-        }
-    }
-
-    /// The lines of a Linux before one that begins with `mark`, and what stands after that.
+    /// The lines before one that begins with `mark`, and what stands after that.
     pub fn output(&mut self, mark: &str) -> Result<(String, String)> {
         let mut lines: Vec<String> = Vec::new();
-        let rest = self.prodding(mark, |told| {
+        let rest = self.process.watch.wait(mark, |told| {
             loop {
                 let line = told.lines.pop_front()?;
                 match line.strip_prefix(mark) {
@@ -295,11 +273,6 @@ impl Machine {
             }
         })?;
         Ok((lines.join("\n").trim().into(), rest))
-    }
-
-    /// A Linux starts again, by its own hand or by the operator's; gives the event's data.
-    pub fn restarts(&mut self) -> Result<Value> {
-        self.prodding("the QMP event RESET", |told| told.take_event("RESET"))
     }
 
     /// One command to our guest; gives its reply.
@@ -427,7 +400,7 @@ impl Machine {
     /// A Linux turns itself off, and QEMU ends.
     pub fn power_off(mut self) -> Result<()> {
         self.send("poweroff -f")?;
-        let status = self.prodding("QEMU's end", |told| told.ended)?;
+        let status = self.process.wait()?;
         let said = self.process.stderr();
         ensure!(status.success(), "QEMU ended with {status}: {said}");
         Ok(())
