@@ -52,6 +52,7 @@ struct HostMemoryBackendPrivate {
     uint64_t huge_page;
     Error *migration_blocker;
     NotifierWithReturn postcopy_notifier;
+    bool beside_no_pinner;
     bool discard_required;
     /* Which memory is private, while a machine is saved or loaded. */
     uint32_t saved_size;
@@ -254,10 +255,12 @@ static bool private_backend_block(HostMemoryBackendPrivate *m, const char *id,
     if (!private_backend_can_migrate(m, id, errp)) {
         return false;
     }
-    if (ram_block_coordinated_discard_require(true)) {
+    m->beside_no_pinner = private_memory_add_backend();
+    if (!m->beside_no_pinner || ram_block_coordinated_discard_require(true)) {
         error_setg(errp, TYPE_MEMORY_BACKEND_PRIVATE " '%s': cannot be used "
-                   "beside devices that pin all guest memory, shared or not; "
-                   "remove these devices", id);
+                   "beside devices that pin guest memory, shared or not, such "
+                   "as a VFIO device behind a virtual IOMMU; remove these "
+                   "devices", id);
         return false;
     }
     m->discard_required = true;
@@ -832,6 +835,9 @@ static void private_backend_instance_finalize(Object *obj)
     }
     if (m->discard_required) {
         ram_block_coordinated_discard_require(false);
+    }
+    if (m->beside_no_pinner) {
+        private_memory_del_backend();
     }
     migrate_del_blocker(&m->migration_blocker);
     privmem_region_free(m->region);

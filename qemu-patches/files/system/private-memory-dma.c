@@ -5,6 +5,8 @@
  * iommufd can be told to split mappings where it must, without a gap in what
  * stays; that is part of its compatibility with type 1.
  *
+ * Devices whose mappings do not follow conversions are refused.
+ *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
@@ -12,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <linux/iommufd.h>
 #include <linux/vfio.h>
+#include "qapi/error.h"
 #include "system/private-memory.h"
 
 /*
@@ -19,6 +22,60 @@
  * when the machine runs: as many as there are memory slots without KVM.
  */
 #define OTHER_MAPPINGS 512
+
+/* Devices that pin guest memory and are not told of conversions. */
+static unsigned int pinners;
+/* Backends, beside which there must be none of these. */
+static unsigned int backends;
+
+bool private_memory_add_backend(void)
+{
+    if (pinners) {
+        return false;
+    }
+    backends++;
+    return true;
+}
+
+void private_memory_del_backend(void)
+{
+    backends--;
+}
+
+bool private_memory_add_pinner(const char *what, const char *way_out,
+                               Error **errp)
+{
+    if (backends) {
+        error_setg(errp, "%s cannot be used beside "
+                   TYPE_MEMORY_BACKEND_PRIVATE ": memory that it has pinned "
+                   "would stay pinned when it becomes private; %s", what,
+                   way_out);
+        return false;
+    }
+    pinners++;
+    return true;
+}
+
+/*
+ * What the guest maps in a virtual IOMMU, VFIO maps for the device at once, and
+ * until the guest unmaps it: VFIO consults the RamDiscardManager only for a
+ * device that sees guest-physical memory. See vfio_iommu_map_notify().
+ */
+bool private_memory_dma_attach(AddressSpace *as, Error **errp)
+{
+    return as == &address_space_memory ||
+           private_memory_add_pinner("a VFIO device behind a virtual IOMMU",
+                                     "put it on a bus that bypasses the IOMMU "
+                                     "(-machine default-bus-bypass-iommu=on)",
+                                     errp);
+}
+
+void private_memory_dma_detach(AddressSpace *as)
+{
+    if (as != &address_space_memory) {
+        pinners--;
+    }
+}
 
 /* Some backend wants mappings that are larger than a page. */
 static bool large_mappings;

@@ -156,6 +156,28 @@ bool private_memory_check_host_access(hwaddr gpa, uint64_t size, Error **errp);
  */
 void *private_memory_place(AddressSpace *as, hwaddr addr, hwaddr *len);
 
+/*
+ * A device is about to be added that pins guest memory and is not told when it
+ * becomes private. Fails beside memory-backend-private, of which none can be
+ * added later either; @what and @way_out are for the message. With the BQL.
+ */
+bool private_memory_add_pinner(const char *what, const char *way_out,
+                               Error **errp);
+
+/*
+ * A memory-backend-private is about to be added, which fails beside such
+ * devices; and is gone. With the BQL.
+ */
+bool private_memory_add_backend(void);
+void private_memory_del_backend(void);
+
+/*
+ * A VFIO device is about to get the address space @as, which makes it such a
+ * device if a virtual IOMMU is in between; and has lost it. With the BQL.
+ */
+bool private_memory_dma_attach(AddressSpace *as, Error **errp);
+void private_memory_dma_detach(AddressSpace *as);
+
 /* Drops translated code of @len bytes of @mr at @offset. In physmem.c. */
 void memory_region_invalidate_code(MemoryRegion *mr, hwaddr offset, hwaddr len);
 
@@ -211,6 +233,21 @@ static inline void *private_memory_place(AddressSpace *as, hwaddr addr,
                                          hwaddr *len)
 {
     return NULL;
+}
+
+static inline bool private_memory_add_pinner(const char *what,
+                                             const char *way_out, Error **errp)
+{
+    return true;
+}
+
+static inline bool private_memory_dma_attach(AddressSpace *as, Error **errp)
+{
+    return true;
+}
+
+static inline void private_memory_dma_detach(AddressSpace *as)
+{
 }
 
 #endif /* CONFIG_PRIVATE_MEMORY */

@@ -14,7 +14,7 @@ use crate::linux::Linux;
 use crate::machine::{Launch, Machine, OUR_GUEST, PAGE, Side};
 use crate::qmp::DEADLINE;
 use crate::scenarios::{
-    ALL_RAM, BASE, PAM, PAM_RAM, Scenario, few_lines, no_errors, pam, same, same_held,
+    ALL_RAM, BASE, PAM, PAM_RAM, Scenario, few_lines, no_errors, object_add, pam, same, same_held,
     still_converts,
 };
 use crate::{Lab, report};
@@ -36,6 +36,12 @@ const STARTS_PRIVATE: &str = "-bios /guest/guest-private.bin";
 /// A kernel that does not unmap while this file is there, for LD_PRELOAD.
 const MODELS: &str = "/tests/liblab_firmware.so";
 const CLINGS: &str = "/tmp/kernel-clings";
+
+/// An IOMMU that the guest could program, as wide as the lab's own.
+const INTEL_IOMMU: &str = "intel-iommu,intremap=off,caching-mode=on,aw-bits=39";
+
+/// One that a pc can have as well.
+const VIRTIO_IOMMU: &str = "virtio-iommu-pci";
 
 pub fn all() -> Vec<Scenario> {
     let assigned = Scenario::assigned;
@@ -66,6 +72,12 @@ pub fn all() -> Vec<Scenario> {
         assigned("dma-reset-and-end-iommufd", |lab| {
             reset_and_end(lab, &IOMMUFD)
         }),
+        assigned("dma-behind-iommu-type1", |lab| behind_iommu(lab, &TYPE1)),
+        assigned("dma-behind-iommu-iommufd", |lab| {
+            behind_iommu(lab, &IOMMUFD)
+        }),
+        assigned("dma-past-iommu-type1", |lab| past_iommu(lab, &TYPE1)),
+        assigned("dma-past-iommu-iommufd", |lab| past_iommu(lab, &IOMMUFD)),
         assigned("dma-private-linux-type1", |lab| private_linux(lab, &TYPE1)).beside_linux(),
         assigned("dma-private-linux-iommufd", |lab| {
             private_linux(lab, &IOMMUFD)
@@ -122,6 +134,16 @@ impl Way {
     pub fn device(&self) -> Result<String> {
         let (host, property) = (assignable()?, self.property);
         Ok(format!("-device vfio-pci,host={host},addr=5{property}"))
+    }
+
+    /// What QMP's device_add takes for it.
+    fn hotplugged(&self) -> Result<Value> {
+        let host = assignable()?;
+        let mut device = json!({"driver": "vfio-pci", "id": "edu0", "host": host, "addr": "5"});
+        if !self.is_type1() {
+            device["iommufd"] = "iommufd0".into();
+        }
+        Ok(device)
     }
 
     pub fn launch(&self, lab: &Lab, ram: u64, properties: &str) -> Result<Launch> {
@@ -189,9 +211,12 @@ fn stopped(machine: &mut Machine, direction: &str, addr: u64) -> Result<()> {
 }
 
 fn dma(lab: &Lab, way: &Way) -> Result<()> {
+    reaches_shared_only(way, way.start(lab)?)
+}
+
+fn reaches_shared_only(way: &Way, mut machine: Machine) -> Result<()> {
     const SOURCE: u64 = BASE;
     const TARGET: u64 = BASE + 8 * PAGE;
-    let mut machine = way.start(lab)?;
     let all = way.pinned(&machine)?;
     ensure!(all >= RAM - PAGE, "{} is only {all}", way.pinned);
     machine.fill(SOURCE, 1, 7)?;
@@ -481,16 +506,12 @@ fn clings(lab: &Lab, way: &Way) -> Result<()> {
 
 /// The device comes and goes while the guest converts; the kernel keeps nothing of it.
 fn hotplug(lab: &Lab, way: &Way) -> Result<()> {
-    let host = assignable()?;
     let mut machine = way
         .without_device(lab, RAM, "", "pc")
         .with(OUR_GUEST)
         .start_guest()?;
     let held = host::iommu_held()?;
-    let mut device = json!({"driver": "vfio-pci", "id": "edu0", "host": host, "addr": "5"});
-    if !way.is_type1() {
-        device["iommufd"] = "iommufd0".into();
-    }
+    let device = way.hotplugged()?;
     for round in 0..3 {
         let command = format!("unplug {BASE:#x} 300 200 {round}");
         machine.send(&command)?;
@@ -597,6 +618,59 @@ fn pin_limit(lab: &Lab, way: &Way) -> Result<()> {
     arrives(&mut machine, BASE, BASE + 15 * PAGE, 5)?;
     still_converts(&mut machine)?;
     machine.finish()
+}
+
+/// A device behind an IOMMU that the guest programs is refused, whichever comes first, as what the
+/// guest maps there would stay mapped and pinned when it becomes private.
+fn behind_iommu(lab: &Lab, way: &Way) -> Result<()> {
+    const WHY: &str = "a VFIO device behind a virtual IOMMU cannot be used beside";
+    let held = host::iommu_held()?;
+    let is_told = |said: &str| {
+        ensure!(said.contains(WHY), "QEMU said: {said}");
+        Ok(())
+    };
+    for iommu in [INTEL_IOMMU, "amd-iommu", VIRTIO_IOMMU] {
+        let iommu = format!("-device {iommu}");
+        let launch = way.without_device(lab, RAM, "", "q35").with(&iommu);
+        is_told(&launch.with(&way.device()?).with(OUR_GUEST).refused()?)?;
+    }
+
+    let iommu = format!("-device {VIRTIO_IOMMU}");
+    let launch = way.without_device(lab, RAM, "", "pc").with(&iommu);
+    let mut machine = launch.with(OUR_GUEST).start_guest()?;
+    let device = way.hotplugged()?;
+    is_told(&machine.qmp.refused("device_add", device.clone())?)?;
+    same(way.pinned, way.pinned(&machine)?, 0)?;
+    same("held by the IOMMU", host::iommu_held()?, held)?;
+    still_converts(&mut machine)?;
+    machine.finish()?;
+
+    // The device is there first: the backend is refused for as long as it is.
+    let launch = Launch::kvm(lab).with(way.object).with(&format!(
+        "-m {}M -object sw-protected-guest,id=cgs0 \
+         -machine pc,smm=off,confidential-guest-support=cgs0 {iommu}",
+        RAM / MIB
+    ));
+    let mut machine = launch.with(OUR_GUEST).start_guest()?;
+    machine.qmp.call("device_add", device)?;
+    ensure!(way.pinned(&machine)? > 0, "nothing is pinned");
+    let backend = object_add("ram1", RAM);
+    let said = machine.qmp.refused("object-add", backend.clone())?;
+    let why = "cannot be used beside devices that pin guest memory";
+    ensure!(said.contains(why), "QEMU said: {said}");
+    machine.qmp.call("device_del", json!({"id": "edu0"}))?;
+    machine.ask_counts(&format!("unplug {BASE:#x} 8 8 1"))?;
+    machine.qmp.event("DEVICE_DELETED")?;
+    machine.qmp.call("object-add", backend)?;
+    machine.finish()
+}
+
+/// On a bus that bypasses the IOMMU a device is as it is without one.
+fn past_iommu(lab: &Lab, way: &Way) -> Result<()> {
+    let launch = way
+        .without_device(lab, RAM, "", "q35,default-bus-bypass-iommu=on")
+        .with(&format!("-device {INTEL_IOMMU} {}", way.device()?));
+    reaches_shared_only(way, started(launch.with(OUR_GUEST))?)
 }
 
 /// A Linux that starts with all of its RAM shared, and makes nearly all of it private, is refused

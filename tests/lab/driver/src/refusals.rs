@@ -52,6 +52,17 @@ pub const REFUSALS: &[Refusal] = &[
         says: &["ram0", "x-require-guest-memfd", "leave the property out"],
     },
     Refusal {
+        name: "refuse-virtio-gpu-blob",
+        args: "-accel kvm -cpu host -m 256M -object sw-protected-guest,id=cgs0 \
+               -object memory-backend-private,id=ram0,size=256M \
+               -machine q35,smm=off,confidential-guest-support=cgs0,memory-backend=ram0 \
+               -device virtio-gpu-pci,blob=on",
+        says: &[
+            "virtio-gpu with blob=on cannot be used beside memory-backend-private",
+            "use blob=off",
+        ],
+    },
+    Refusal {
         name: "refuse-share-off",
         args: "-accel kvm -cpu host -m 256M -object sw-protected-guest,id=cgs0 \
                -object memory-backend-private,id=ram0,size=256M,share=off \
