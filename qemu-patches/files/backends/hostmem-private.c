@@ -293,8 +293,8 @@ static bool private_backend_map(HostMemoryBackendPrivate *m, const char *id,
  * Code that was translated from what a reset changes must not run any more, and
  * a migration must send it: what is not on its first side, or all of it where
  * that is the private one. Shared memory keeps its contents. Before the reset,
- * which makes them forget, and under the BQL, which a migration takes to see what
- * has changed.
+ * which makes them forget, and under the BQL, which a migration takes to see
+ * what has changed.
  */
 static void private_backend_invalidate(HostMemoryBackendPrivate *m,
                                        const char *id)
@@ -582,8 +582,8 @@ static void private_backend_register_listener(RamDiscardManager *rdm,
     rdl->refused = privmem_region_add_listener(m->region, &listener);
     if (rdl->refused) {
         private_memory_report(error_report, TYPE_MEMORY_BACKEND_PRIVATE " '%s':"
-                              " a device cannot map what is shared, and reaches "
-                              "no guest memory: %s; remove it and add it again "
+                              " a device cannot map what is shared, and reaches"
+                              " no guest memory: %s; remove it and add it again "
                               "once it can",
                               object_get_canonical_path_component(OBJECT(m)),
                               privmem_last_error());

@@ -733,8 +733,8 @@ static void keyboard_reset(QTestState *qts)
 }
 
 /*
- * The chipset's watchdog, after 4 ticks of 0.6 s, twice. The clock must not have
- * to go on from there: a machine that stops stops it.
+ * The chipset's watchdog, after 4 ticks of 0.6 s, twice. The clock must not
+ * have to go on from there: a machine that stops stops it.
  */
 static void watchdog_expires(QTestState *qts)
 {
@@ -839,7 +839,8 @@ static void test_reset_invalidates(void)
 {
     g_autofree char *file = g_strdup_printf("%s.trace", firmware_file);
     g_autofree char *options = g_strdup_printf(
-        "-d trace:private_backend_invalidate -D %s -machine memory-backend=ram0 "
+        "-d trace:private_backend_invalidate -D %s "
+        "-machine memory-backend=ram0 "
         "-object memory-backend-private,id=ram0,size=64M,emulate=on", file);
     QTestState *qts = start_with(options);
     uint64_t size;
