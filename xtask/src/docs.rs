@@ -318,6 +318,8 @@ fn real(command: &str, qemu_source: &Path) -> Result<String> {
         "cargo xtask test" | "cargo xtask test --suite NAME" | "cargo xtask test --suite docs" => {
             "cargo xtask test --suite symbols".to_owned()
         }
+        "cargo xtask test --repeat N" => "cargo xtask test --suite symbols --repeat 2".to_owned(),
+        "cargo xtask demo --repeat N" => "cargo xtask demo --repeat 2".to_owned(),
         full if full.starts_with("cargo xtask test --full") => {
             full.replace("--full", "--suite checkpatch-10.2 --suite checkpatch-10.0")
         }

@@ -1080,12 +1080,12 @@ fn stops_keep_memory(lab: &Lab) -> Result<()> {
         machine.convert(BASE + 8 * PAGE, 16, Private)?;
         machine.fill(BASE + 8 * PAGE, 16, 9)?;
         machine.send("reboot")?;
-        machine.ready()?;
         same(
             "the guest's own reset",
             machine.qmp.event("RESET")?["reason"].as_str(),
             Some("guest-reset"),
         )?;
+        machine.ready()?;
         check_is_new(&mut machine, state)?;
         machine.finish()?;
     }
